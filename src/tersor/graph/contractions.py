@@ -1,0 +1,114 @@
+"""Contractions: what is summed over is read, what remains is written."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tersor.graph.rules import Call, Labels, freeze_rest, meet, rule, unknown_vector
+
+SUMMED = "is summed with the model's input or another tensor that no parameter controls"
+ADDED = "is added to a tensor that no parameter controls"
+
+
+def _read(call: Call, left: Tensor | None, right: Tensor | None, size: int) -> None:
+    """A sum over a dimension of both operands: their labels agree."""
+    meet(call, [left, right], size, SUMMED)
+    for vector in (left, right):
+        if vector is not None:
+            call.ledger.mark_read(vector)
+
+
+def _write(call: Call, vector: Tensor | None, bias: Tensor | None) -> dict[int, Tensor]:
+    """The channels that a convolution computes, at dimension 1, and the bias that is added to them."""
+    if vector is None:
+        return {}
+    call.ledger.mark_written(vector)
+    if bias is not None:
+        call.ledger.join(vector, bias, ADDED)
+    return {1: vector}
+
+
+@rule("convolution", "_convolution")
+def convolution(call: Call) -> Labels:
+    """``y[n, o] = sum_i w[o, i] * x[n, i] + b[o]``; transposed: ``w[i, o]``. Groups live and die whole."""
+    x, w, bias = call.labels("input"), call.labels("weight"), call.labels("bias").get(0)
+    channels = call.arguments["input"].shape[1]
+    freeze_rest(call, x, (1,), "a convolution slides over it")
+    freeze_rest(call, w, (0, 1), "is a kernel position")
+    if call.arguments["groups"] > 1:
+        return _grouped_convolution(call, x.get(1), w, bias)
+    written, read = (w.get(1), w.get(0)) if call.arguments["transposed"] else (w.get(0), w.get(1))
+    _read(call, x.get(1), read, channels)
+    return _write(call, written, bias)
+
+
+def _grouped_convolution(call: Call, x: Tensor | None, w: Labels, bias: Tensor | None) -> Labels:
+    """Each group's input channels, weight rows and output channels share one fate; depthwise is one channel a group."""
+    groups, channels = call.arguments["groups"], call.arguments["input"].shape[1]
+    if 1 in w:
+        call.ledger.freeze(w[1], "stands within a convolution's groups, which live and die whole")
+    outer = w.get(0)
+    if outer is None:
+        call.freeze({1: x} if x is not None else {}, "feeds a grouped convolution whose weight is no parameter")
+        return {}
+    rows = outer.reshape(groups, -1)
+    entering = (unknown_vector(channels) if x is None else x).reshape(groups, -1)
+    call.ledger.tie_rows(rows)
+    for column in entering.unbind(1):
+        call.ledger.join(rows[:, 0], column, SUMMED)
+    if x is not None:
+        call.ledger.mark_read(x)
+    if not call.arguments["transposed"]:
+        return _write(call, outer, bias)
+    width = call.result.shape[1] // groups
+    return _write(call, rows[:, :1].expand(groups, width).reshape(-1), bias)
+
+
+@rule("mm", "bmm")
+def matrix_product(call: Call) -> Labels:
+    """``y[.., i, j] = sum_k a[.., i, k] * b[.., k, j]``; leading dimensions are one batch for both."""
+    left, right = [argument.name for argument in call.operator._schema.arguments]
+    return _product(call, left, right)
+
+
+def _product(call: Call, left: str, right: str) -> Labels:
+    a, b = call.labels(left), call.labels(right)
+    row, column = call.result.dim() - 2, call.result.dim() - 1
+    _read(call, a.get(column), b.get(row), call.arguments[left].shape[-1])
+    labels: Labels = {}
+    for dim, source in ((row, a), (column, b)):
+        if dim in source:
+            labels[dim] = source[dim]
+            call.ledger.mark_written(source[dim])
+    for dim in range(row):
+        vector = meet(call, [a.get(dim), b.get(dim)], call.result.shape[dim], SUMMED)
+        if vector is not None:
+            labels[dim] = vector
+    return labels
+
+
+@rule("addmm", "baddbmm")
+def added_matrix_product(call: Call) -> Labels:
+    """``y = c + a @ b``, where ``c`` broadcasts."""
+    names = [argument.name for argument in call.operator._schema.arguments]
+    addend: Tensor = call.arguments[names[0]]
+    c, rank = call.labels(names[0]), call.result.dim()
+    labels = _product(call, names[1], names[2])
+    for dim in range(rank):
+        own = dim - rank + addend.dim()
+        if own >= 0 and addend.shape[own] == call.result.shape[dim] > 1:
+            vector = meet(call, [labels.get(dim), c.get(own)], addend.shape[own], ADDED)
+            if vector is not None:
+                labels[dim] = vector
+    return labels
+
+
+@rule("embedding")
+def embedding(call: Call) -> Labels:
+    """``y[..., :] = w[index, :]``: the vocabulary stays, the width is written."""
+    w = call.labels("weight")
+    freeze_rest(call, w, (1,), "is a row of an embedding table")
+    if 1 not in w:
+        return {}
+    call.ledger.mark_written(w[1])
+    return {call.result.dim() - 1: w[1]}

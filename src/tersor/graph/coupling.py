@@ -1,0 +1,227 @@
+"""Coupling: which indices of which parameters live and die together, and what follows when some of them leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import EmptyLayerError
+from tersor.graph.labels import Axis
+from tersor.graph.propagate import ModuleOutput, propagate
+
+Masks = Mapping[str, Mapping[str, Tensor]]
+"""``{module name: {target name: bool tensor}}``, 1 keeps."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one tensor inside a coupling group.
+
+    Attributes:
+        name: the tensor's qualified name.
+        dim: the dimension.
+        offset: the first index that belongs to the group.
+        count: how many indices belong to it.
+        role: ``written`` by a contraction, ``read`` by one, or ``carried`` (norms, biases, factors).
+    """
+
+    name: str
+    dim: int
+    offset: int
+    count: int
+    role: str
+
+    def __str__(self) -> str:
+        return f"{self.name} dim {self.dim} [{self.offset}:{self.offset + self.count}] {self.role}"
+
+
+@dataclass(frozen=True)
+class CouplingGroup:
+    """Indices that are interchangeable: each choice of what leaves cuts every member in the same way.
+
+    Attributes:
+        size: number of choices (channels, blocks of channels) in the group.
+        members: the dimensions that are cut.
+        frozen: why nothing may leave; None where it may.
+    """
+
+    size: int
+    members: tuple[Member, ...]
+    frozen: str | None
+
+    def __str__(self) -> str:
+        state = f"frozen, it {self.frozen}" if self.frozen else "free"
+        return "\n".join([f"{self.size} choices, {state}", *(f"  {member}" for member in self.members)])
+
+
+class Coupling:
+    """What one run of a model says about its parameters.
+
+    Attributes:
+        axes: every dimension of every parameter and buffer with more than one index.
+        classes: the class of each label, shape ``(labels,)``.
+        reasons: why a class is frozen.
+        written: labels that a contraction computes.
+        read: labels that a contraction sums over.
+        outputs: labels of what each module call returned.
+        unknown: operators without a rule that touched labels.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        propagation = propagate(model, example_inputs)
+        self.axes: tuple[Axis, ...] = tuple(propagation.ledger.axes)
+        self.classes, self.reasons, self.written, self.read = propagation.ledger.solve()
+        self.outputs: tuple[ModuleOutput, ...] = propagation.outputs
+        self.unknown: Mapping[str, int] = propagation.unknown
+        self._by_place = {(name, axis.dim): axis for axis in self.axes for name in axis.names}
+
+    @cached_property
+    def frozen(self) -> np.ndarray:
+        """Which classes may not leave, boolean, indexed by class."""
+        flags = np.zeros(len(self.classes), dtype=bool)
+        flags[list(self.reasons)] = True
+        return flags
+
+    def axis(self, name: str, dim: int) -> Axis | None:
+        """One dimension of a named tensor; None for a size of 1 or an unknown name."""
+        return self._by_place.get((name, dim))
+
+    def classes_along(self, name: str, dim: int) -> np.ndarray | None:
+        """The class of each index along one dimension; None for a size of 1 or an unknown name."""
+        axis = self.axis(name, dim)
+        return None if axis is None else self.classes[axis.span]
+
+    def frozen_reason(self, name: str, dim: int) -> str | None:
+        """Why no index along this dimension may leave; None where at least one may."""
+        classes = self.classes_along(name, dim)
+        if classes is None:
+            return "has a single index"
+        return self.reasons.get(int(classes[0])) if self.frozen[classes].all() else None
+
+    def partners(self, name: str, dim: int) -> list[tuple[Axis, int]]:
+        """Other dimensions that share a class with this one, with the number of indices they share."""
+        classes = self.classes_along(name, dim)
+        if classes is None:
+            return []
+        inside = np.zeros(len(self.classes), dtype=bool)
+        inside[classes] = True
+        shared = ((axis, int(inside[self.classes[axis.span]].sum())) for axis in self.axes)
+        return [(axis, count) for axis, count in shared if count and axis is not self.axis(name, dim)]
+
+    @cached_property
+    def groups(self) -> tuple[CouplingGroup, ...]:
+        """Classes with the same members, as groups, in the order in which the model holds their parameters.
+
+        Dimensions that no contraction writes or reads (kernel positions) are left out.
+        """
+        owner = np.zeros(len(self.classes), dtype=np.int64)
+        for number, axis in enumerate(self.axes):
+            owner[axis.span] = number
+        pairs = np.unique(np.stack([self.classes[1:], owner[1:]], axis=1), axis=0)
+        marks = np.random.default_rng(0).integers(1, 2**62, size=len(self.axes), dtype=np.int64)
+        signature = np.zeros(len(self.classes), dtype=np.int64)
+        np.add.at(signature, pairs[:, 0], marks[pairs[:, 1]])
+        used = np.zeros(len(self.classes), dtype=bool)
+        used[self.classes[self.written | self.read]] = True
+        used[0] = False
+        found: dict[tuple[int, str | None], list[int]] = {}
+        for root in np.unique(self.classes[used[self.classes]]).tolist():
+            found.setdefault((int(signature[root]), self.reasons.get(root)), []).append(root)
+        return tuple(self._group(roots, reason) for (_, reason), roots in found.items())
+
+    def _group(self, roots: list[int], reason: str | None) -> CouplingGroup:
+        inside = np.zeros(len(self.classes), dtype=bool)
+        inside[roots] = True
+        return CouplingGroup(len(roots), tuple(self._members(inside)), reason)
+
+    def _members(self, inside: np.ndarray) -> Iterator[Member]:
+        for axis in self.axes:
+            places = np.flatnonzero(inside[self.classes[axis.span]])
+            if len(places):
+                written, read = self.written[axis.span][places].any(), self.read[axis.span][places].any()
+                role = "written" if written else "read" if read else "carried"
+                yield Member(axis.name, axis.dim, int(places[0]), len(places), role)
+
+    def removed(self, masks: Masks) -> np.ndarray:
+        """Which classes the masks ask to remove, boolean, indexed by class.
+
+        A class leaves when its masks cut it: everything that writes it is masked, or everything that reads it is; and
+        only where it is not frozen. Then, and only then, is removing it from every other member the same computation.
+
+        Raises:
+            EmptyLayerError: nothing would be left along some dimension.
+        """
+        masked = np.zeros(len(self.classes), dtype=bool)
+        for axis in self.axes:
+            mask = next((m for name in axis.names if (m := _find(masks, name)) is not None), None)
+            if mask is not None and mask.shape[axis.dim] == axis.size:
+                others = [dim for dim in range(mask.dim()) if dim != axis.dim]
+                alive = mask.bool().any(dim=others) if others else mask.bool()
+                masked[axis.span] = ~alive.cpu().numpy()
+        leaves = self._cut_by(self.written, masked) | self._cut_by(self.read, masked)
+        leaves &= ~self.frozen
+        for axis in self.axes:
+            if leaves[self.classes[axis.span]].all():
+                raise EmptyLayerError(
+                    f"the masks remove all {axis.size} indices of dimension {axis.dim}",
+                    where=axis.name,
+                    remedy="Lower sparse_ratio, or set max_sparse_ratio below 1 for this layer.",
+                )
+        return leaves
+
+    def _cut_by(self, role: np.ndarray, masked: np.ndarray) -> np.ndarray:
+        """Classes with at least one label in a role, all of which are masked."""
+        total = np.bincount(self.classes[role], minlength=len(self.classes))
+        cut = np.bincount(self.classes[role & masked], minlength=len(self.classes))
+        return (total > 0) & (total == cut)
+
+    def kept(self, removed: np.ndarray) -> dict[str, dict[int, Tensor]]:
+        """For each tensor that loses something: dimension to bool vector, True keeps. Each tied name has an entry."""
+        kept: dict[str, dict[int, Tensor]] = {}
+        for axis in self.axes:
+            vector = ~removed[self.classes[axis.span]]
+            if not vector.all():
+                for name in axis.names:
+                    kept.setdefault(name, {})[axis.dim] = torch.from_numpy(vector)
+        return kept
+
+    def __str__(self) -> str:
+        return "\n".join(f"group {number}: {group}" for number, group in enumerate(self.groups))
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """The groups, ready for JSON."""
+        return [
+            {"size": group.size, "frozen": group.frozen, "members": [vars(member) for member in group.members]}
+            for group in self.groups
+        ]
+
+
+def _find(masks: Masks, name: str) -> Tensor | None:
+    module, _, target = name.rpartition(".")
+    return masks.get(module, {}).get(target)
+
+
+def groups(model: nn.Module, example_inputs: Any) -> Coupling:
+    """Run the model once and find its coupling groups; ``print`` the result to read them.
+
+    Args:
+        model: any module; it is left as it was.
+        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
+
+    Raises:
+        TraceError: the model does not run on these inputs.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> print(groups(net, torch.zeros(1, 4)).groups[0])
+    8 choices, free
+      0.weight dim 0 [0:8] written
+      0.bias dim 0 [0:8] carried
+      2.weight dim 1 [0:8] read
+    """
+    return Coupling(model, example_inputs)

@@ -1,0 +1,140 @@
+"""Labels: one integer for each index of each dimension of each parameter and buffer, joined where they must agree.
+
+A label is an equivalence variable. Joining two labels says that the two indices live and die together; freezing one
+says that it cannot leave. Joins and freezes are only recorded while the model runs; the classes are found at the end,
+by one vectorised connected-components pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+UNKNOWN = 0
+"""The label of an index that belongs to no parameter: a token, a pixel, the model's own input."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of one parameter or buffer, and the labels of its indices.
+
+    Attributes:
+        names: the qualified names of the tensor; several where it is tied.
+        dim: the dimension.
+        size: its number of indices.
+        start: the first label; the labels are ``start`` to ``start + size - 1``.
+        is_parameter: False for a buffer.
+    """
+
+    names: tuple[str, ...]
+    dim: int
+    size: int
+    start: int
+    is_parameter: bool
+
+    @property
+    def name(self) -> str:
+        """The first name of the tensor."""
+        return self.names[0]
+
+    @property
+    def span(self) -> slice:
+        """Where this axis stands in an array over all labels."""
+        return slice(self.start, self.start + self.size)
+
+
+@dataclass
+class Ledger:
+    """All labels of one model, and what was recorded about them while it ran."""
+
+    axes: list[Axis] = field(default_factory=list)
+    count: int = 1
+    _joins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _frozen: list[tuple[Tensor, str]] = field(default_factory=list)
+    _written: list[Tensor] = field(default_factory=list)
+    _read: list[Tensor] = field(default_factory=list)
+
+    def add_axis(self, names: tuple[str, ...], dim: int, size: int, is_parameter: bool) -> Tensor:
+        """Make labels for one dimension of one tensor and return them, shape ``(size,)``."""
+        axis = Axis(names, dim, size, self.count, is_parameter)
+        self.axes.append(axis)
+        self.count += size
+        return torch.arange(axis.start, axis.start + size)
+
+    def join(self, a: Tensor, b: Tensor, reason: str) -> None:
+        """The indices of two label vectors of equal length agree, one by one.
+
+        Where one side is unknown, the other cannot leave: something that no parameter controls has full size there.
+        """
+        if torch.equal(a, b):
+            return
+        self._joins.append((a, b))
+        for mine, other in ((a, b), (b, a)):
+            lost = mine[other == UNKNOWN]
+            if len(lost):
+                self.freeze(lost, reason)
+
+    def tie_rows(self, rows: Tensor) -> None:
+        """In each row of a label matrix, all indices live and die together."""
+        for column in range(1, rows.shape[1]):
+            self._joins.append((rows[:, 0], rows[:, column]))
+
+    def freeze(self, vector: Tensor, reason: str) -> None:
+        """These indices stay."""
+        self._frozen.append((vector, reason))
+
+    def mark_written(self, vector: Tensor) -> None:
+        """A contraction computes these indices of its output from this parameter's rows."""
+        self._written.append(vector)
+
+    def mark_read(self, vector: Tensor) -> None:
+        """A contraction sums over these indices."""
+        self._read.append(vector)
+
+    def solve(self) -> tuple[np.ndarray, dict[int, str], np.ndarray, np.ndarray]:
+        """Classes of all labels.
+
+        Returns:
+            the class of each label (the least label in it), shape ``(count,)``; why a class is frozen (first reason);
+            which labels are written and which are read by a contraction, boolean, shape ``(count,)``.
+        """
+        pairs = [(a, b) for a, b in self._joins if len(a)]
+        a = torch.cat([a for a, _ in pairs]).numpy() if pairs else np.zeros(0, np.int64)
+        b = torch.cat([b for _, b in pairs]).numpy() if pairs else np.zeros(0, np.int64)
+        known = (a != UNKNOWN) & (b != UNKNOWN)
+        classes = connected_components(self.count, a[known], b[known])
+        reasons: dict[int, str] = {UNKNOWN: "no parameter controls it"}
+        for vector, reason in self._frozen:
+            for frozen in np.unique(classes[vector.numpy()]).tolist():
+                reasons.setdefault(frozen, reason)
+        return classes, reasons, self._flags(self._written), self._flags(self._read)
+
+    def _flags(self, vectors: list[Tensor]) -> np.ndarray:
+        flags = np.zeros(self.count, dtype=bool)
+        for vector in vectors:
+            flags[vector.numpy()] = True
+        flags[UNKNOWN] = False
+        return flags
+
+
+def connected_components(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The least member of each vertex's component, in a graph of ``count`` vertices with the edges ``a[i] - b[i]``.
+
+    Vectorised hooking and pointer jumping (Shiloach and Vishkin, 1982).
+
+    >>> connected_components(5, np.array([1, 3]), np.array([2, 2])).tolist()
+    [0, 1, 1, 1, 4]
+    """
+    parent = np.arange(count)
+    while True:
+        low, high = np.minimum(parent[a], parent[b]), np.maximum(parent[a], parent[b])
+        open_edges = low != high
+        if not open_edges.any():
+            return parent
+        a, b, low, high = a[open_edges], b[open_edges], low[open_edges], high[open_edges]
+        np.minimum.at(parent, high, low)
+        while not np.array_equal(parent, parent[parent]):
+            parent = parent[parent]

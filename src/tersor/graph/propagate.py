@@ -1,0 +1,168 @@
+"""Run a model once and follow every parameter's labels through it, below Python, operator by operator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tersor.graph import contractions, movement, reductions
+from tersor.graph.inputs import evaluating, run, tensors_of
+from tersor.graph.labels import Ledger
+from tersor.graph.rules import Call, Labels, base_name, find_rule
+
+RULE_MODULES = (contractions, movement, reductions)
+"""The modules whose import registers the rules."""
+
+Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ModuleOutput:
+    """The labels of one tensor that a module returned: what remains of it when labels leave.
+
+    Attributes:
+        module: the module's name.
+        labels: dimension to label vector.
+    """
+
+    module: str
+    labels: Labels
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """What one run of the model said.
+
+    Attributes:
+        ledger: all labels, joins and freezes.
+        outputs: for each module call in order, the labels of what it returned.
+        unknown: operators without a rule that touched labels, with the number of calls.
+    """
+
+    ledger: Ledger
+    outputs: tuple[ModuleOutput, ...]
+    unknown: Mapping[str, int]
+
+
+class _Follower(TorchDispatchMode):
+    """Sees every ATen call with real tensors and keeps the labels of each tensor.
+
+    A tensor is known by where its values lie (storage, offset, shape, strides), not by its Python object: autograd
+    makes new objects for views. Everything seen is kept alive until the end, so that no address is used twice.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.unknown: Counter[str] = Counter()
+        self._labels: dict[Key, Labels] = {}
+        self._views: dict[int, set[Key]] = {}
+        self._alive: list[Tensor] = []
+
+    def set(self, tensor: Tensor, labels: Labels) -> None:
+        """Remember a tensor's labels."""
+        key = _key(tensor)
+        self._labels[key] = labels
+        self._views.setdefault(key[0], set()).add(key)
+        self._alive.append(tensor)
+
+    def get(self, tensor: Any) -> Labels:
+        """A tensor's labels; empty where nothing is known."""
+        return self._labels.get(_key(tensor), {}) if isinstance(tensor, Tensor) and self._labels else {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        result = func(*args, **kwargs)
+        touched = [tensor for tensor in tensors_of([args, kwargs]) if self.get(tensor)]
+        if touched:
+            self._apply(func, args, kwargs, result, touched)
+        else:
+            for tensor in tensors_of(result):
+                self.set(tensor, {})
+        return result
+
+    def _apply(
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, touched: list[Tensor]
+    ) -> None:
+        rule = find_rule(func)
+        names = [argument.name for argument in func._schema.arguments]
+        call = Call(func, {**dict(zip(names, args, strict=False)), **kwargs}, result, self.ledger, self.get)
+        overwritten = func._schema.is_mutable and self._has_other_views(args) and len(tensors_of([args, kwargs])) > 1
+        if rule is None or overwritten:
+            name = base_name(func)
+            self.unknown[name] += 1
+            reason = f"'{name}' writes into a view" if overwritten else f"meets '{name}', which has no rule"
+            for tensor in touched:
+                call.freeze(self.get(tensor), reason)
+            labels: Any = [{} for _ in tensors_of(result)]
+        else:
+            labels = rule(call)
+        outputs = tensors_of(result)
+        for tensor, own in zip(outputs, labels if isinstance(labels, list) else [labels] * len(outputs), strict=True):
+            self.set(tensor, own)
+
+    def _has_other_views(self, args: Sequence[Any]) -> bool:
+        """Whether the tensor that is written in place is also seen in another shape."""
+        key = _key(args[0])
+        return len(self._views.get(key[0], set()) - {key}) > 0
+
+
+def _key(tensor: Tensor) -> Key:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def propagate(model: nn.Module, example_inputs: Any) -> Propagation:
+    """Run ``model`` once, in eval mode and without gradients, and follow the labels of all its parameters and buffers.
+
+    The model is left as it was: no parameter, buffer, hook or train/eval flag changes.
+
+    Args:
+        model: any module.
+        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
+
+    Raises:
+        TraceError: the model does not run on these inputs.
+    """
+    ledger = Ledger()
+    follower = _Follower(ledger)
+    for tensor, names in _named_tensors(model).items():
+        labels = {
+            dim: ledger.add_axis(tuple(names), dim, size, isinstance(tensor, nn.Parameter))
+            for dim, size in enumerate(tensor.shape)
+            if size > 1
+        }
+        follower.set(tensor, labels)
+    outputs: list[ModuleOutput] = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        name = names.get(module, "")
+        outputs.extend(ModuleOutput(name, dict(follower.get(tensor))) for tensor in tensors_of(output))
+
+    hook = register_module_forward_hook(record)
+    try:
+        with evaluating(model), follower:
+            result = run(model, example_inputs)
+    finally:
+        hook.remove()
+    for tensor in tensors_of(result):
+        for vector in follower.get(tensor).values():
+            ledger.freeze(vector, "is the model's own output")
+    return Propagation(ledger, tuple(outputs), dict(follower.unknown))
+
+
+def _named_tensors(model: nn.Module) -> dict[Tensor, list[str]]:
+    """Each parameter and buffer once, with every name it has."""
+    named: dict[Tensor, list[str]] = {}
+    for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in source:
+            named.setdefault(tensor, []).append(name)
+    return named
