@@ -157,13 +157,7 @@ class Coupling:
         Raises:
             EmptyLayerError: nothing would be left along some dimension.
         """
-        masked = np.zeros(len(self.classes), dtype=bool)
-        for axis in self.axes:
-            mask = next((m for name in axis.names if (m := _find(masks, name)) is not None), None)
-            if mask is not None and mask.shape[axis.dim] == axis.size:
-                others = [dim for dim in range(mask.dim()) if dim != axis.dim]
-                alive = mask.bool().any(dim=others) if others else mask.bool()
-                masked[axis.span] = ~alive.cpu().numpy()
+        masked = self.masked(masks)
         leaves = self._cut_by(self.written, masked) | self._cut_by(self.read, masked)
         leaves &= ~self.frozen
         for axis in self.axes:
@@ -174,6 +168,17 @@ class Coupling:
                     remedy="Lower sparse_ratio, or set max_sparse_ratio below 1 for this layer.",
                 )
         return leaves
+
+    def masked(self, masks: Masks) -> np.ndarray:
+        """Which labels' slices of their tensors are masked in whole, boolean, indexed by label."""
+        masked = np.zeros(len(self.classes), dtype=bool)
+        for axis in self.axes:
+            mask = next((m for name in axis.names if (m := _find(masks, name)) is not None), None)
+            if mask is not None and mask.shape[axis.dim] == axis.size:
+                others = [dim for dim in range(mask.dim()) if dim != axis.dim]
+                alive = mask.bool().any(dim=others) if others else mask.bool()
+                masked[axis.span] = ~alive.cpu().numpy()
+        return masked
 
     def _cut_by(self, role: np.ndarray, masked: np.ndarray) -> np.ndarray:
         """Classes with at least one label in a role, all of which are masked."""
@@ -190,6 +195,33 @@ class Coupling:
                 for name in axis.names:
                     kept.setdefault(name, {})[axis.dim] = torch.from_numpy(vector)
         return kept
+
+    def complete(self, masks: Masks) -> dict[str, dict[str, Tensor]]:
+        """Masks carried over to everything that leaves with what they remove: biases, norms, consumers.
+
+        With completed masks the masked model computes exactly what the small model will: whatever value a removed
+        channel still carries (a shift, ``sigmoid(0)``), its consumers' weights for it are masked.
+
+        Args:
+            masks: bool masks of parameters, of the parameter's shape or broadcastable to it.
+
+        Returns:
+            new masks, compact: a mask has size 1 along dimensions in which it does not vary where that is possible.
+        """
+        complete = {module: dict(targets) for module, targets in masks.items()}
+        removed = self.removed(masks)
+        for axis in self.axes:
+            vector = ~removed[self.classes[axis.span]]
+            if vector.all() or not axis.is_parameter:
+                continue
+            shape = [1] * axis.rank
+            shape[axis.dim] = axis.size
+            factor = torch.from_numpy(vector).reshape(shape)
+            for name in axis.names:
+                module, _, target = name.rpartition(".")
+                known = complete.setdefault(module, {}).get(target)
+                complete[module][target] = factor if known is None else known.bool() & factor.to(known.device)
+        return complete
 
     def __str__(self) -> str:
         return "\n".join(f"group {number}: {group}" for number, group in enumerate(self.groups))

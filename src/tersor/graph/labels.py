@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 UNKNOWN = 0
 """The label of an index that belongs to no parameter: a token, a pixel, the model's own input."""
@@ -23,6 +23,7 @@ class Axis:
 
     Attributes:
         names: the qualified names of the tensor; several where it is tied.
+        rank: the tensor's number of dimensions.
         dim: the dimension.
         size: its number of indices.
         start: the first label; the labels are ``start`` to ``start + size - 1``.
@@ -30,6 +31,7 @@ class Axis:
     """
 
     names: tuple[str, ...]
+    rank: int
     dim: int
     size: int
     start: int
@@ -57,12 +59,12 @@ class Ledger:
     _written: list[Tensor] = field(default_factory=list)
     _read: list[Tensor] = field(default_factory=list)
 
-    def add_axis(self, names: tuple[str, ...], dim: int, size: int, is_parameter: bool) -> Tensor:
-        """Make labels for one dimension of one tensor and return them, shape ``(size,)``."""
-        axis = Axis(names, dim, size, self.count, is_parameter)
+    def add_axis(self, names: tuple[str, ...], tensor: Tensor, dim: int) -> Tensor:
+        """Make labels for one dimension of a named tensor and return them, shape ``(size,)``."""
+        axis = Axis(names, tensor.dim(), dim, tensor.shape[dim], self.count, isinstance(tensor, nn.Parameter))
         self.axes.append(axis)
-        self.count += size
-        return torch.arange(axis.start, axis.start + size)
+        self.count += axis.size
+        return torch.arange(axis.start, self.count)
 
     def join(self, a: Tensor, b: Tensor, reason: str) -> None:
         """The indices of two label vectors of equal length agree, one by one.

@@ -116,7 +116,7 @@ class _Follower(TorchDispatchMode):
 
 
 def _key(tensor: Tensor) -> Key:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 
 def propagate(model: nn.Module, example_inputs: Any) -> Propagation:
@@ -135,9 +135,7 @@ def propagate(model: nn.Module, example_inputs: Any) -> Propagation:
     follower = _Follower(ledger)
     for tensor, names in _named_tensors(model).items():
         labels = {
-            dim: ledger.add_axis(tuple(names), dim, size, isinstance(tensor, nn.Parameter))
-            for dim, size in enumerate(tensor.shape)
-            if size > 1
+            dim: ledger.add_axis(tuple(names), tensor, dim) for dim in range(tensor.dim()) if tensor.shape[dim] > 1
         }
         follower.set(tensor, labels)
     outputs: list[ModuleOutput] = []

@@ -1,0 +1,175 @@
+"""Masks in, smaller model out: complete, bake, slice, verify."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from tersor.errors import MaskError, TraceError, WrapError, nearest
+from tersor.graph.coupling import Coupling, Masks
+from tersor.graph.inputs import fresh_inputs
+from tersor.speedup.slicing import Snapshot, bake, cut, named_tensors
+from tersor.speedup.verify import divergence_error, first_divergence, module_outputs, outputs_of, relative_error
+from tersor.storage import load_masks
+from tersor.wrapping import is_wrapped
+from tersor.wrapping.stack import as_bool
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """Something that the masks removed and the speedup did not.
+
+    Attributes:
+        target: the tensor and its dimension.
+        count: how many of its indices are fully masked and yet still there.
+        reason: why.
+    """
+
+    target: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class SpeedupReport:
+    """What a speedup did.
+
+    Attributes:
+        shapes: for each tensor that was cut, its shape before and after.
+        left_alone: what the masks removed and the speedup could not; masked values are zero there.
+        error: largest difference of the small model's outputs from the masked model's, relative to the largest output;
+            None where verification was turned off.
+    """
+
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    left_alone: tuple[LeftAlone, ...]
+    error: float | None
+
+
+class ModelSpeedup:
+    """Makes a masked model physically smaller, in place.
+
+    The masks are completed over the coupling groups, burnt into the parameters, and what they remove is sliced away.
+    The original module classes, parameter objects (``is`` holds), hooks, dtypes, devices and train/eval flags stay.
+    Then the small model is run against the masked one on fresh inputs at another batch size.
+
+    Args:
+        model: the model, unwrapped (``pruner.unwrap_model()``).
+        dummy_input: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        masks_or_file: ``{module: {target: mask}}`` as ``compress()`` returns them, or the path of a masks file.
+        verify: compare the outputs before the small model is handed out.
+        tolerance: the largest relative difference that is accepted.
+        batch_dim: the dimension of the inputs that holds the batch.
+        coupling: of this very model, where it was found already; saves one forward pass.
+
+    Raises:
+        MaskError: the masks belong to another model, or would empty a layer.
+        WrapError: the model is still wrapped.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> mask = torch.ones(8, 1, dtype=torch.bool)
+    >>> mask[3:] = False
+    >>> ModelSpeedup(net, torch.randn(2, 4), {"0": {"weight": mask}}).speedup_model()
+    Sequential(
+      (0): Linear(in_features=4, out_features=3, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=3, out_features=2, bias=True)
+    )
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dummy_input: Any,
+        masks_or_file: Masks | str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        tolerance: float = 1e-4,
+        batch_dim: int = 0,
+        coupling: Coupling | None = None,
+    ) -> None:
+        if is_wrapped(model):
+            raise WrapError("the model is still wrapped", remedy="Call unwrap_model() of its compressor first.")
+        given = load_masks(masks_or_file) if isinstance(masks_or_file, (str, os.PathLike)) else masks_or_file
+        self.model = model
+        self.dummy_input = dummy_input
+        self.masks = _checked(model, given)
+        self.verify = verify
+        self.tolerance = tolerance
+        self.batch_dim = batch_dim
+        self.coupling = coupling
+        self.report: SpeedupReport | None = None
+
+    def speedup_model(self) -> nn.Module:
+        """Make the model small and return it; what happened is then in ``report``.
+
+        Raises:
+            VerificationError: the small model computes something else; the model is unchanged.
+            EmptyLayerError: a layer would be left without anything; the model is unchanged.
+        """
+        coupling = self.coupling or Coupling(self.model, self.dummy_input)
+        removed = coupling.removed(self.masks)
+        masks, kept = coupling.complete(self.masks), coupling.kept(removed)
+        inputs = fresh_inputs(self.dummy_input, batch_dim=self.batch_dim) if self.verify else None
+        with Snapshot(self.model) as snapshot:
+            bake(self.model, masks)
+            expected = outputs_of(self.model, inputs) if self.verify else []
+            shapes = cut(self.model, kept)
+            error = self._error(inputs, expected) if self.verify else None
+            if error is not None and error > self.tolerance:
+                small, cause = module_outputs(self.model, inputs)
+                snapshot.restore()
+                bake(self.model, masks)
+                masked, _ = module_outputs(self.model, inputs)
+                where = first_divergence(coupling, removed, masked, small, self.tolerance)
+                raise divergence_error(where, cause or f"relative error {error:.2g} of the outputs")
+        self.report = SpeedupReport(shapes, tuple(_left_alone(coupling, self.masks, removed)), error)
+        return self.model
+
+    def _error(self, inputs: Any, expected: list[Tensor]) -> float:
+        try:
+            return relative_error(outputs_of(self.model, inputs), expected)
+        except TraceError:
+            return float("inf")
+
+
+def _checked(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
+    """Bool masks of parameters, each checked against the model; masks of inputs and outputs cut nothing themselves."""
+    tensors = named_tensors(model)
+    checked: dict[str, dict[str, Tensor]] = {}
+    for module, targets in masks.items():
+        for target, mask in targets.items():
+            name = f"{module}.{target}" if module else target
+            if target.startswith(("_input_", "_output_")):
+                continue
+            if name not in tensors:
+                raise MaskError("the model has no such parameter or buffer", where=name, remedy=nearest(name, tensors))
+            shape = tensors[name].shape
+            fits = mask.dim() == len(shape) and all(
+                own in (1, size) for own, size in zip(mask.shape, shape, strict=True)
+            )
+            if not fits:
+                raise MaskError(
+                    f"a mask of shape {tuple(mask.shape)} does not fit a tensor of shape {tuple(shape)}",
+                    where=name,
+                    remedy="Were these masks made for another model, or for this one before it was made small?",
+                )
+            checked.setdefault(module, {})[target] = as_bool(mask, name)
+    return checked
+
+
+def _left_alone(coupling: Coupling, masks: Masks, removed: np.ndarray) -> Iterator[LeftAlone]:
+    """Rows that a contraction writes, that the masks silence, and that are still there."""
+    masked = coupling.masked(masks)
+    for axis in coupling.axes:
+        stays = (masked & coupling.written & ~removed[coupling.classes])[axis.span]
+        if stays.any():
+            reason = coupling.frozen_reason(axis.name, axis.dim)
+            where = f"{axis.name} dim {axis.dim}"
+            yield LeftAlone(where, int(stays.sum()), reason or "other layers that write the same channels keep them")

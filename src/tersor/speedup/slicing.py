@@ -1,0 +1,100 @@
+"""Changing a model's tensors in place: burn masks in, cut indices out, and take both back where something fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from tersor.graph.coupling import Masks
+from tersor.speedup.resize import size_attributes, update_sizes
+
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by qualified name, tied ones under each name."""
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+
+class Snapshot:
+    """Remembers tensors and sizes of a model, and puts them back if the block that it guards raises.
+
+    Nothing is copied: tensors are never written in place here, only replaced, so the old values stay whole.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._data = {tensor: (tensor.data, tensor.grad) for tensor in named_tensors(model).values()}
+        self._sizes = {module: size_attributes(module) for module in model.modules()}
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for tensor, (data, grad) in self._data.items():
+            tensor.grad = None
+            tensor.data = data
+            tensor.grad = grad
+        for module, sizes in self._sizes.items():
+            for name, value in sizes.items():
+                setattr(module, name, value)
+
+    def __enter__(self) -> Snapshot:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.restore()
+
+
+def bake(model: nn.Module, masks: Masks) -> None:
+    """Make masked values zero. Tied parameters are masked by each of their names."""
+    tensors = named_tensors(model)
+    with torch.no_grad():
+        for module, targets in masks.items():
+            for target, mask in targets.items():
+                tensor = tensors[f"{module}.{target}" if module else target]
+                tensor.data = tensor.data * mask.to(tensor.device)
+
+
+def cut(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> Shapes:
+    """Keep only the given indices of each named tensor, and let the modules' own sizes follow.
+
+    A parameter stays the same object, with its flags and hooks; its gradient is cut alike.
+
+    Args:
+        model: changed in place.
+        kept: qualified name to dimension to bool vector, True keeps.
+
+    Returns:
+        the shape of each tensor that was cut, before and after.
+    """
+    tensors = named_tensors(model)
+    shapes: Shapes = {}
+    done: set[Tensor] = set()
+    for name, dims in kept.items():
+        tensor = tensors[name]
+        before = tuple(tensor.shape)
+        if tensor not in done:
+            done.add(tensor)
+            grad = None if tensor.grad is None else _select(tensor.grad, dims)
+            tensor.grad = None
+            tensor.data = _select(tensor.data, dims)
+            tensor.grad = grad
+        shapes[name] = (before, tuple(tensor.shape))
+    for module in _owners(model, kept):
+        update_sizes(module)
+    return shapes
+
+
+def _select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    for dim, vector in dims.items():
+        tensor = tensor.index_select(dim, vector.nonzero().flatten().to(tensor.device))
+    return tensor
+
+
+def _owners(model: nn.Module, names: Iterable[str]) -> Iterable[nn.Module]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {modules[name.rpartition(".")[0]]: None for name in names}

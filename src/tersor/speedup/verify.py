@@ -1,0 +1,101 @@
+"""Does the small model compute what the masked one does? And where not, from which module on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import TraceError, VerificationError
+from tersor.graph.coupling import Coupling
+from tersor.graph.inputs import evaluating, run, tensors_of
+
+ModuleOutputs = list[tuple[str, Tensor]]
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Every tensor that the model returns for the inputs, in eval mode."""
+    with evaluating(model):
+        return tensors_of(run(model, inputs))
+
+
+def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest absolute difference, relative to the largest expected value; infinite where shapes differ.
+
+    >>> relative_error([torch.tensor([1.0, 2.5])], [torch.tensor([1.0, 2.0])])
+    0.25
+    """
+    if len(actual) != len(expected):
+        return float("inf")
+    return max((_relative_error(a, b) for a, b in zip(actual, expected, strict=True)), default=0.0)
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    a, b = actual.double(), expected.double()
+    scale = float(b.abs().max())
+    error = float((a - b).abs().max())
+    if not np.isfinite(error):
+        return 0.0 if torch.equal(a.nan_to_num(), b.nan_to_num()) else float("inf")
+    return error / scale if scale else error
+
+
+def module_outputs(model: nn.Module, inputs: Any) -> tuple[ModuleOutputs, str]:
+    """Every tensor that every module call returned, in order, and the model's own error if it could not finish."""
+    recorded: ModuleOutputs = []
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            recorded.extend((name, tensor.detach().clone()) for tensor in tensors_of(output))
+
+        return hook
+
+    handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules()]
+    try:
+        with evaluating(model):
+            run(model, inputs)
+    except TraceError as error:
+        return recorded, error.what
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorded, ""
+
+
+def first_divergence(
+    coupling: Coupling, removed: np.ndarray, masked: ModuleOutputs, small: ModuleOutputs, tolerance: float
+) -> str:
+    """The first module whose output, without what was removed, differs; in words."""
+    for (name, labels), (_, expected), (_, actual) in zip(
+        [(output.module, output.labels) for output in coupling.outputs], masked, small, strict=False
+    ):
+        for dim, vector in labels.items():
+            kept = torch.from_numpy(np.flatnonzero(~removed[coupling.classes[vector.numpy()]]))
+            if expected.dim() > dim and expected.shape[dim] == len(vector):
+                expected = expected.index_select(dim, kept.to(expected.device))
+        if actual.shape != expected.shape:
+            return f"{name or 'the model'} (shape {tuple(actual.shape)} in place of {tuple(expected.shape)})"
+        error = _relative_error(actual, expected)
+        if error > tolerance:
+            return f"{name or 'the model'} (relative error {error:.2g})"
+    if len(small) < len(masked):
+        return f"{masked[len(small)][0] or 'the model'} (it does not run)"
+    return "no module's output: only the model's own code differs"
+
+
+def divergence_error(where: str, cause: str) -> VerificationError:
+    """The error that names the first diverging module."""
+    return VerificationError(
+        "the small model does not compute what the masked one does" + (f": {cause}" if cause else ""),
+        where=where,
+        remedy=(
+            "The model is unchanged. A size that stands in forward as a number (x.view(-1, 400), torch.split(x, 32)) "
+            "must be taken from the tensor instead (x.flatten(1)); or exclude this layer from the config list."
+        ),
+    )

@@ -1,0 +1,178 @@
+"""The ordered stack of transforms on one target, and the mask, the transform that pruning puts there."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import ConflictError, MaskError
+
+ApplyMethod = Literal["bypass", "mul", "add"]
+
+
+class Stage(IntEnum):
+    """Where a transform stands on its target. The order is the same for every combination of compressors."""
+
+    QUANTIZE = 0
+    MASK = 1
+    OBSERVE = 2
+
+
+class Transform(nn.Module, ABC):
+    """One step of the simulation on one target: value in, value of the same shape out."""
+
+    stage: ClassVar[Stage]
+
+    @abstractmethod
+    def forward(self, value: Tensor) -> Tensor:
+        """The simulated value."""
+
+
+class TargetStack(nn.Module):
+    """All transforms on one target, applied in the order of their stages.
+
+    It is the parametrization of a parameter, or what a hook applies to an input or output.
+
+    Attributes:
+        target: ``module.target``, for messages.
+        shape: of the last input or output that passed; None before the first (parameters: their own shape).
+    """
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.target = target
+        self.shape: torch.Size | None = None
+        self.transforms = nn.ModuleList()
+
+    def add(self, transform: Transform) -> None:
+        """Put a transform at its stage.
+
+        Raises:
+            ConflictError: the stage is taken: two compressors of one kind were given the same target.
+        """
+        if self.find(transform.stage) is not None:
+            raise ConflictError(
+                f"two compressors want the {transform.stage.name.lower()} stage of the same target",
+                where=self.target,
+                remedy="Give each target to one compressor of a kind; exclude it from the other's config list.",
+            )
+        self.transforms = nn.ModuleList(sorted([*self._ordered(), transform], key=lambda item: item.stage))
+
+    def find(self, stage: Stage) -> Transform | None:
+        """The transform at a stage, or None."""
+        return next((item for item in self._ordered() if item.stage is stage), None)
+
+    def _ordered(self) -> list[Transform]:
+        return [item for item in self.transforms if isinstance(item, Transform)]
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The value after all transforms."""
+        for transform in self.transforms:
+            value = transform(value)
+        return value
+
+
+class Mask(Transform):
+    """Removes elements of its target: ``mul`` makes them exactly zero, ``add`` adds a large negative number.
+
+    A mask that is a product of one vector per dimension (channels, heads) is stored as these vectors, so it takes next
+    to no memory; any other is stored as one bool for each element.
+
+    Attributes:
+        method: ``mul`` multiplies by the mask, ``add`` adds ``value`` where the mask is 0 (for what feeds a softmax),
+            ``bypass`` leaves the target as it is.
+        value: added by ``add``.
+    """
+
+    stage = Stage.MASK
+
+    def __init__(self, target: str, method: ApplyMethod = "mul", value: float = -1000.0) -> None:
+        super().__init__()
+        self.target = target
+        self.method: ApplyMethod = method
+        self.value = value
+        self._factors: list[str] = []
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """Bool tensors that broadcast against the target; their product is the mask. Empty: nothing is masked."""
+        return [getattr(self, name) for name in self._factors]
+
+    def set(self, mask: Tensor | None, device: torch.device | None = None) -> None:
+        """Replace the mask; None removes it.
+
+        Args:
+            mask: bool, or numbers that are all 0 or 1; of the target's shape or broadcastable to it.
+            device: where the target lives.
+
+        Raises:
+            MaskError: it holds something else than 0 and 1.
+        """
+        for name in self._factors:
+            delattr(self, name)
+        self._factors = []
+        if mask is None:
+            return
+        for number, factor in enumerate(factorize(as_bool(mask, self.target))):
+            self.register_buffer(f"factor_{number}", factor.to(device) if device else factor)
+            self._factors.append(f"factor_{number}")
+
+    def full(self, shape: Sequence[int]) -> Tensor | None:
+        """The whole mask as one bool tensor of the given shape, or None where nothing is masked."""
+        if not self._factors:
+            return None
+        mask = torch.ones(tuple(shape), dtype=torch.bool, device=self.factors[0].device)
+        for factor in self.factors:
+            mask &= factor
+        return mask
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The masked value, same shape and dtype."""
+        if self.method == "bypass":
+            return value
+        for factor in self.factors:
+            here = factor.to(value.device)  # model.to() does not reach a hook's masks
+            value = value * here if self.method == "mul" else torch.where(here, value, value + self.value)
+        return value
+
+
+def as_bool(mask: Tensor, target: str) -> Tensor:
+    """A bool mask from a bool or a 0/1 mask (NNI's masks are float).
+
+    Raises:
+        MaskError: it holds something else than 0 and 1.
+    """
+    if mask.dtype is torch.bool:
+        return mask
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise MaskError(
+            f"a mask holds 0 (removes) and 1 (keeps), this one ranges from {mask.min()} to {mask.max()}",
+            where=target,
+            remedy="Compare the scores with a threshold first: mask = scores > threshold.",
+        )
+    return mask.bool()
+
+
+def factorize(mask: Tensor) -> list[Tensor]:
+    """Write a mask as a product of one bool vector per dimension, or as itself where it is no such product.
+
+    Vectors of ones are left out. Each factor has the mask's number of dimensions and broadcasts against it.
+
+    >>> [tuple(f.shape) for f in factorize(torch.tensor([[1, 0, 1], [0, 0, 0]], dtype=torch.bool))]
+    [(2, 1), (1, 3)]
+    """
+    factors: list[Tensor] = []
+    for dim in range(mask.dim()):
+        others = [other for other in range(mask.dim()) if other != dim]
+        vector = mask.any(dim=others, keepdim=True) if others else mask
+        if not bool(vector.all()):
+            factors.append(vector.clone())
+    product = torch.ones_like(mask)
+    for factor in factors:
+        product &= factor
+    return factors if torch.equal(product, mask) else [mask.clone()]

@@ -1,0 +1,214 @@
+"""What attaches target stacks to one module: parametrizations for its parameters, hooks for its inputs and outputs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tersor.errors import UnmatchedError, WrapError, nearest
+from tersor.wrapping.stack import TargetStack
+
+INPUT, OUTPUT = "_input_", "_output_"
+
+
+class Wrapper:
+    """The target stacks of one module, shared by all compressors.
+
+    ``forward`` is never replaced. A parameter is simulated by ``torch.nn.utils.parametrize`` and stays the same object,
+    so that an optimizer made before goes on working; an input or output is simulated by a forward hook.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self.module = module
+        self.stacks: dict[str, TargetStack] = {}
+        self.attached = True
+        self._handles: list[Any] = []
+        self._order = [*module._parameters, *module._buffers]
+
+    def stack(self, target: str) -> TargetStack:
+        """The stack of a target; made, and attached, when first asked for.
+
+        Raises:
+            UnmatchedError: the module has no such parameter or buffer.
+        """
+        if target not in self.stacks:
+            if not target.startswith((INPUT, OUTPUT)):
+                self.tensor(target)
+            self.stacks[target] = TargetStack(f"{self.name}.{target}" if self.name else target)
+            if self.attached:
+                self._detach_all()
+                self._attach_all()
+        return self.stacks[target]
+
+    def tensor(self, target: str) -> Tensor:
+        """The latent parameter or buffer behind a target, without any simulation."""
+        if parametrize.is_parametrized(self.module, target):
+            return self.module.parametrizations[target].original  # pyright: ignore
+        own = {**self.module._parameters, **self.module._buffers}
+        tensor = own.get(target)
+        if tensor is None:
+            raise UnmatchedError(
+                f"{type(self.module).__name__} has no parameter or buffer {target!r}",
+                where=self.name,
+                legal=[name for name, value in own.items() if value is not None],
+                remedy=nearest(target, own),
+            )
+        return tensor
+
+    def attach(self) -> None:
+        """Put all stacks in place."""
+        if not self.attached:
+            self.attached = True
+            self._attach_all()
+
+    def detach(self, *, bake: bool = False) -> None:
+        """Take all stacks out and give the module back as it was, or with the simulated values written into it.
+
+        Args:
+            bake: write masked or quantized values into the parameters first.
+        """
+        if bake:
+            self._bake()
+        if self.attached:
+            self._detach_all()
+            self.attached = False
+
+    def _bake(self) -> None:
+        for target, stack in self._parameter_stacks():
+            tensor = self.tensor(target)
+            if any(not isinstance(item, TargetStack) for item in _parametrizations(self.module, target)):
+                raise WrapError(
+                    "has another parametrization, through which masked values cannot be written",
+                    where=stack.target,
+                    remedy="Remove that parametrization first (torch.nn.utils.parametrize.remove_parametrizations).",
+                )
+            with torch.no_grad():
+                tensor.copy_(stack(tensor))
+
+    def _parameter_stacks(self) -> Iterable[tuple[str, TargetStack]]:
+        return [(name, stack) for name, stack in self.stacks.items() if not name.startswith((INPUT, OUTPUT))]
+
+    def _attach_all(self) -> None:
+        for target, stack in self._parameter_stacks():
+            stack.to(self.tensor(target).device)
+            parametrize.register_parametrization(self.module, target, stack, unsafe=True)
+        inputs = {name: stack for name, stack in self.stacks.items() if name.startswith(INPUT)}
+        outputs = {name: stack for name, stack in self.stacks.items() if name.startswith(OUTPUT)}
+        if inputs:
+            hook = _InputHook({name.removeprefix(INPUT): stack for name, stack in inputs.items()})
+            self._handles.append(self.module.register_forward_pre_hook(hook, with_kwargs=True))
+        if outputs:
+            hook = _OutputHook({name.removeprefix(OUTPUT): stack for name, stack in outputs.items()})
+            self._handles.append(self.module.register_forward_hook(hook))
+        if isinstance(self.module, nn.RNNBase):
+            self._handles.append(self.module.register_forward_pre_hook(refresh_flat_weights))
+
+    def _detach_all(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for target, stack in self._parameter_stacks():
+            remaining = [item for item in _parametrizations(self.module, target) if item is not stack]
+            if remaining and len(remaining) < len(_parametrizations(self.module, target)):
+                parametrizations: Any = self.module.parametrizations
+                del parametrizations[target][_parametrizations(self.module, target).index(stack)]
+            elif not remaining and parametrize.is_parametrized(self.module, target):
+                parametrize.remove_parametrizations(self.module, target, leave_parametrized=False)
+        self._restore_order()
+        if isinstance(self.module, nn.RNNBase):
+            refresh_flat_weights(self.module)
+
+    def _restore_order(self) -> None:
+        """Removing a parametrization puts a tensor last; ``parameters()`` must list them as before."""
+        for registry in (self.module._parameters, self.module._buffers):
+            for name in [name for name in self._order if name in registry]:
+                registry[name] = registry.pop(name)  # pyright: ignore
+
+
+def _parametrizations(module: nn.Module, target: str) -> list[nn.Module]:
+    if not parametrize.is_parametrized(module, target):
+        return []
+    return list(module.parametrizations[target])  # pyright: ignore
+
+
+def refresh_flat_weights(module: nn.Module, *_: Any) -> None:
+    """Recurrent layers keep their weights a second time, in a list that parametrizations do not reach."""
+    layer: Any = module
+    layer._flat_weights = [getattr(layer, name) if hasattr(layer, name) else None for name in layer._flat_weights_names]
+
+
+class _InputHook:
+    """Applies stacks to inputs, addressed by position (``0``) or by the name of forward's argument (``x``)."""
+
+    def __init__(self, stacks: Mapping[str, TargetStack]) -> None:
+        self.stacks = dict(stacks)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments, keywords = list(args), dict(kwargs)
+        names = list(inspect.signature(module.forward).parameters)
+        for key, stack in self.stacks.items():
+            name = names[int(key)] if key.isdigit() and int(key) < len(names) else key
+            position = int(key) if key.isdigit() else names.index(key) if key in names else len(arguments)
+            holder: Any = keywords if name in keywords else arguments
+            place: Any = name if name in keywords else position
+            if holder is arguments and position >= len(arguments):
+                continue
+            holder[place] = _simulated(holder[place], stack)
+        return tuple(arguments), keywords
+
+
+class _OutputHook:
+    """Applies stacks to outputs, addressed by position or key; None outputs and other types pass untouched."""
+
+    def __init__(self, stacks: Mapping[str, TargetStack]) -> None:
+        self.stacks = dict(stacks)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        for key, stack in self.stacks.items():
+            output = replace_output(output, key, lambda value, stack=stack: _simulated(value, stack))
+        return output
+
+
+def _simulated(value: Any, stack: TargetStack) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    stack.shape = value.shape
+    return stack(value)
+
+
+def replace_output(output: Any, key: str, function: Callable[[Any], Any]) -> Any:
+    """A copy of a module's output with one part changed; the output's own type is kept.
+
+    Args:
+        output: a tensor (key ``0``), a tuple, list or named tuple, a mapping, or a dataclass.
+        key: a position or a key or field name.
+        function: what to do with the addressed part.
+
+    >>> replace_output((1, None), "0", lambda value: value + 1)
+    (2, None)
+    """
+    if isinstance(output, Mapping):
+        name = key if key in output else list(output)[int(key)] if key.isdigit() else key
+        changed: Any = copy.copy(output)
+        changed[name] = function(output[name])
+        return changed
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        fields: Any = output
+        name = fields._fields[int(key)] if key.isdigit() else key
+        return fields._replace(**{name: function(getattr(output, name))})
+    if isinstance(output, (tuple, list)):
+        parts = list(output)
+        parts[int(key)] = function(parts[int(key)])
+        return type(output)(parts)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        name = dataclasses.fields(output)[int(key)].name if key.isdigit() else key
+        return dataclasses.replace(output, **{name: function(getattr(output, name))})
+    return function(output) if key == "0" else output
