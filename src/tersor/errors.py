@@ -44,6 +44,8 @@ class TersorError(Exception):
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
+        if (self.legal or self.remedy) and not text.endswith((".", "?", "!")):
+            text += "."
         if self.legal:
             text += f" Legal: {', '.join(self.legal)}."
         if self.remedy:

@@ -10,39 +10,43 @@ SUMMED = "is summed with the model's input or another tensor that no parameter c
 ADDED = "is added to a tensor that no parameter controls"
 
 
-def _read(call: Call, left: Tensor | None, right: Tensor | None, size: int) -> None:
-    """A sum over a dimension of both operands: their labels agree."""
-    meet(call, [left, right], size, SUMMED)
-    for vector in (left, right):
-        if vector is not None:
+def _read(call: Call, names: tuple[str, str], dims: tuple[int, int]) -> None:
+    """A sum over a dimension of two operands: their labels agree. The one that is a weight reads them."""
+    tensors = [call.arguments[name] for name in names]
+    vectors = [call.labels_of(tensor).get(dim) for tensor, dim in zip(tensors, dims, strict=True)]
+    meet(call, vectors, tensors[0].shape[dims[0]], SUMMED)
+    for tensor, vector in zip(tensors, vectors, strict=True):
+        if vector is not None and not call.is_activation(tensor):
             call.ledger.mark_read(vector)
 
 
-def _write(call: Call, vector: Tensor | None, bias: Tensor | None) -> dict[int, Tensor]:
-    """The channels that a convolution computes, at dimension 1, and the bias that is added to them."""
-    if vector is None:
-        return {}
-    call.ledger.mark_written(vector)
-    if bias is not None:
-        call.ledger.join(vector, bias, ADDED)
-    return {1: vector}
+def _write(call: Call, name: str, vector: Tensor | None) -> None:
+    """What remains of an operand in the result; a weight writes it."""
+    if vector is not None and not call.is_activation(call.arguments[name]):
+        call.ledger.mark_written(vector)
+
+
+def _channels(call: Call, written: Tensor | None, out: Tensor | None) -> Labels:
+    """The output channels of a convolution, at dimension 1, and the bias that is added to them."""
+    _write(call, "weight", written)
+    out = meet(call, [out, call.labels("bias").get(0)], call.result.shape[1], ADDED) if call.labels("bias") else out
+    return {} if out is None else {1: out}
 
 
 @rule("convolution", "_convolution")
 def convolution(call: Call) -> Labels:
     """``y[n, o] = sum_i w[o, i] * x[n, i] + b[o]``; transposed: ``w[i, o]``. Groups live and die whole."""
-    x, w, bias = call.labels("input"), call.labels("weight"), call.labels("bias").get(0)
-    channels = call.arguments["input"].shape[1]
+    x, w = call.labels("input"), call.labels("weight")
     freeze_rest(call, x, (1,), "a convolution slides over it")
     freeze_rest(call, w, (0, 1), "is a kernel position")
     if call.arguments["groups"] > 1:
-        return _grouped_convolution(call, x.get(1), w, bias)
-    written, read = (w.get(1), w.get(0)) if call.arguments["transposed"] else (w.get(0), w.get(1))
-    _read(call, x.get(1), read, channels)
-    return _write(call, written, bias)
+        return _grouped_convolution(call, x.get(1), w)
+    out_dim, in_dim = (1, 0) if call.arguments["transposed"] else (0, 1)
+    _read(call, ("input", "weight"), (1, in_dim))
+    return _channels(call, w.get(out_dim), w.get(out_dim))
 
 
-def _grouped_convolution(call: Call, x: Tensor | None, w: Labels, bias: Tensor | None) -> Labels:
+def _grouped_convolution(call: Call, x: Tensor | None, w: Labels) -> Labels:
     """Each group's input channels, weight rows and output channels share one fate; depthwise is one channel a group."""
     groups, channels = call.arguments["groups"], call.arguments["input"].shape[1]
     if 1 in w:
@@ -56,12 +60,10 @@ def _grouped_convolution(call: Call, x: Tensor | None, w: Labels, bias: Tensor |
     call.ledger.tie_rows(rows)
     for column in entering.unbind(1):
         call.ledger.join(rows[:, 0], column, SUMMED)
-    if x is not None:
-        call.ledger.mark_read(x)
     if not call.arguments["transposed"]:
-        return _write(call, outer, bias)
+        return _channels(call, outer, outer)
     width = call.result.shape[1] // groups
-    return _write(call, rows[:, :1].expand(groups, width).reshape(-1), bias)
+    return _channels(call, outer, rows[:, :1].expand(groups, width).reshape(-1))
 
 
 @rule("mm", "bmm")
@@ -74,12 +76,12 @@ def matrix_product(call: Call) -> Labels:
 def _product(call: Call, left: str, right: str) -> Labels:
     a, b = call.labels(left), call.labels(right)
     row, column = call.result.dim() - 2, call.result.dim() - 1
-    _read(call, a.get(column), b.get(row), call.arguments[left].shape[-1])
+    _read(call, (left, right), (column, row))
     labels: Labels = {}
-    for dim, source in ((row, a), (column, b)):
+    for dim, name, source in ((row, left, a), (column, right, b)):
         if dim in source:
             labels[dim] = source[dim]
-            call.ledger.mark_written(source[dim])
+            _write(call, name, source[dim])
     for dim in range(row):
         vector = meet(call, [a.get(dim), b.get(dim)], call.result.shape[dim], SUMMED)
         if vector is not None:
@@ -108,7 +110,5 @@ def embedding(call: Call) -> Labels:
     """``y[..., :] = w[index, :]``: the vocabulary stays, the width is written."""
     w = call.labels("weight")
     freeze_rest(call, w, (1,), "is a row of an embedding table")
-    if 1 not in w:
-        return {}
-    call.ledger.mark_written(w[1])
-    return {call.result.dim() - 1: w[1]}
+    _write(call, "weight", w.get(1))
+    return {call.result.dim() - 1: w[1]} if 1 in w else {}

@@ -160,7 +160,8 @@ class Coupling:
         masked = self.masked(masks)
         leaves = self._cut_by(self.written, masked) | self._cut_by(self.read, masked)
         leaves &= ~self.frozen
-        for axis in self.axes:
+        # An axis that the user masked is named rather than one that only follows it.
+        for axis in sorted(self.axes, key=lambda axis: not (masked & self.written)[axis.span].any()):
             if leaves[self.classes[axis.span]].all():
                 raise EmptyLayerError(
                     f"the masks remove all {axis.size} indices of dimension {axis.dim}",

@@ -62,13 +62,15 @@ class _Follower(TorchDispatchMode):
         self.ledger = ledger
         self.unknown: Counter[str] = Counter()
         self._labels: dict[Key, Labels] = {}
+        self._activations: set[Key] = set()
         self._views: dict[int, set[Key]] = {}
         self._alive: list[Tensor] = []
 
-    def set(self, tensor: Tensor, labels: Labels) -> None:
-        """Remember a tensor's labels."""
+    def set(self, tensor: Tensor, labels: Labels, *, is_activation: bool) -> None:
+        """Remember a tensor's labels, and whether it depends on the model's input."""
         key = _key(tensor)
         self._labels[key] = labels
+        (self._activations.add if is_activation else self._activations.discard)(key)
         self._views.setdefault(key[0], set()).add(key)
         self._alive.append(tensor)
 
@@ -76,38 +78,42 @@ class _Follower(TorchDispatchMode):
         """A tensor's labels; empty where nothing is known."""
         return self._labels.get(_key(tensor), {}) if isinstance(tensor, Tensor) and self._labels else {}
 
+    def is_activation(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on the model's input; what does not is a weight, however it was reshaped."""
+        return _key(tensor) in self._activations
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        operands = tensors_of([args, kwargs])
+        is_activation = any(self.is_activation(tensor) for tensor in operands)
         result = func(*args, **kwargs)
-        touched = [tensor for tensor in tensors_of([args, kwargs]) if self.get(tensor)]
-        if touched:
-            self._apply(func, args, kwargs, result, touched)
-        else:
-            for tensor in tensors_of(result):
-                self.set(tensor, {})
+        outputs = tensors_of(result)
+        touched = [tensor for tensor in operands if self.get(tensor)]
+        labels = self._apply(func, args, kwargs, result, touched) if touched else {}
+        each = labels if isinstance(labels, list) else [labels] * len(outputs)
+        for tensor, own in zip(outputs, each, strict=True):
+            self.set(tensor, own, is_activation=is_activation)
         return result
 
     def _apply(
         self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, touched: list[Tensor]
-    ) -> None:
-        rule = find_rule(func)
+    ) -> Labels | list[Labels]:
         names = [argument.name for argument in func._schema.arguments]
-        call = Call(func, {**dict(zip(names, args, strict=False)), **kwargs}, result, self.ledger, self.get)
-        overwritten = func._schema.is_mutable and self._has_other_views(args) and len(tensors_of([args, kwargs])) > 1
-        if rule is None or overwritten:
-            name = base_name(func)
-            self.unknown[name] += 1
-            reason = f"'{name}' writes into a view" if overwritten else f"meets '{name}', which has no rule"
-            for tensor in touched:
-                call.freeze(self.get(tensor), reason)
-            labels: Any = [{} for _ in tensors_of(result)]
-        else:
-            labels = rule(call)
-        outputs = tensors_of(result)
-        for tensor, own in zip(outputs, labels if isinstance(labels, list) else [labels] * len(outputs), strict=True):
-            self.set(tensor, own)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        call = Call(func, arguments, result, self.ledger, self.get, self.is_activation)
+        rule = find_rule(func)
+        overwrites = func._schema.is_mutable and self._has_other_views(args) and len(tensors_of(arguments)) > 1
+        if rule is not None and not overwrites:
+            return rule(call)
+        name = base_name(func)
+        self.unknown[name] += 1
+        for tensor in touched:
+            call.freeze(
+                self.get(tensor), f"'{name}' writes into a view" if overwrites else f"meets '{name}', which has no rule"
+            )
+        return {}
 
     def _has_other_views(self, args: Sequence[Any]) -> bool:
         """Whether the tensor that is written in place is also seen in another shape."""
@@ -137,7 +143,9 @@ def propagate(model: nn.Module, example_inputs: Any) -> Propagation:
         labels = {
             dim: ledger.add_axis(tuple(names), tensor, dim) for dim in range(tensor.dim()) if tensor.shape[dim] > 1
         }
-        follower.set(tensor, labels)
+        follower.set(tensor, labels, is_activation=False)
+    for tensor in tensors_of(example_inputs):
+        follower.set(tensor, {}, is_activation=True)
     outputs: list[ModuleOutput] = []
     names = {module: name for name, module in model.named_modules()}
 

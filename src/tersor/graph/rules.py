@@ -28,13 +28,14 @@ Labels = dict[int, Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an operator: its arguments by name, its result, and the labels known so far."""
+    """One call of an operator: its arguments by name, its result, and what is known so far about its operands."""
 
     operator: Any
     arguments: dict[str, Any]
     result: Any
     ledger: Ledger
     labels_of: Callable[[Any], Labels]
+    is_activation: Callable[[Tensor], bool]
 
     def labels(self, argument: str) -> Labels:
         """Labels of a tensor argument; empty for None."""

@@ -17,7 +17,7 @@ from tersor.speedup.slicing import Snapshot, bake, cut, named_tensors
 from tersor.speedup.verify import divergence_error, first_divergence, module_outputs, outputs_of, relative_error
 from tersor.storage import load_masks
 from tersor.wrapping import is_wrapped
-from tersor.wrapping.stack import as_bool
+from tersor.wrapping.stack import as_bool, check_shape
 
 
 @dataclass(frozen=True)
@@ -150,16 +150,7 @@ def _checked(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
                 continue
             if name not in tensors:
                 raise MaskError("the model has no such parameter or buffer", where=name, remedy=nearest(name, tensors))
-            shape = tensors[name].shape
-            fits = mask.dim() == len(shape) and all(
-                own in (1, size) for own, size in zip(mask.shape, shape, strict=True)
-            )
-            if not fits:
-                raise MaskError(
-                    f"a mask of shape {tuple(mask.shape)} does not fit a tensor of shape {tuple(shape)}",
-                    where=name,
-                    remedy="Were these masks made for another model, or for this one before it was made small?",
-                )
+            check_shape(mask, tensors[name].shape, name)
             checked.setdefault(module, {})[target] = as_bool(mask, name)
     return checked
 

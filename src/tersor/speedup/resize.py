@@ -20,11 +20,10 @@ SizeRule = Callable[[Any], dict[str, int]]
 def _conv(module: Any) -> dict[str, int]:
     """Sizes of a convolution. Groups leave whole, so ``channels / groups`` is constant."""
     outer, inner = module.weight.shape[:2]
-    if module.transposed:
-        groups = module.groups * outer // module.in_channels
-        return {"in_channels": outer, "out_channels": inner * groups, "groups": groups}
-    groups = module.groups * outer // module.out_channels if module.groups > 1 else 1
-    return {"in_channels": inner * groups, "out_channels": outer, "groups": groups}
+    before = module.in_channels if module.transposed else module.out_channels
+    groups = module.groups * outer // before if module.groups > 1 else 1
+    names = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+    return {names[0]: outer, names[1]: inner * groups, "groups": groups}
 
 
 def _linear(module: Any) -> dict[str, int]:

@@ -122,14 +122,11 @@ class Mask(Transform):
             self.register_buffer(f"factor_{number}", factor.to(device) if device else factor)
             self._factors.append(f"factor_{number}")
 
-    def full(self, shape: Sequence[int]) -> Tensor | None:
-        """The whole mask as one bool tensor of the given shape, or None where nothing is masked."""
-        if not self._factors:
-            return None
-        mask = torch.ones(tuple(shape), dtype=torch.bool, device=self.factors[0].device)
-        for factor in self.factors:
-            mask &= factor
-        return mask
+    def product(self, shape: Sequence[int] | None = None) -> Tensor:
+        """The mask as one bool tensor: of the given shape, or as small as broadcasting allows."""
+        factors = torch.broadcast_tensors(*self.factors)
+        mask = torch.stack(factors).all(0)
+        return mask if shape is None else mask.expand(tuple(shape)).clone()
 
     def forward(self, value: Tensor) -> Tensor:
         """The masked value, same shape and dtype."""
@@ -139,6 +136,20 @@ class Mask(Transform):
             here = factor.to(value.device)  # model.to() does not reach a hook's masks
             value = value * here if self.method == "mul" else torch.where(here, value, value + self.value)
         return value
+
+
+def check_shape(mask: Tensor, shape: Sequence[int], where: str) -> None:
+    """Refuse a mask that does not broadcast to its target.
+
+    Raises:
+        MaskError: naming both shapes.
+    """
+    if mask.dim() != len(shape) or any(own not in (1, size) for own, size in zip(mask.shape, shape, strict=True)):
+        raise MaskError(
+            f"a mask of shape {tuple(mask.shape)} does not fit a tensor of shape {tuple(shape)}",
+            where=where,
+            remedy="Were these masks made for another model, or for this one before it was made small?",
+        )
 
 
 def as_bool(mask: Tensor, target: str) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from tersor.errors import MaskError, UnmatchedError, WrapError, nearest
-from tersor.wrapping.stack import Mask, Stage, TargetStack
+from tersor.errors import UnmatchedError, WrapError, nearest
+from tersor.wrapping.stack import Mask, Stage, TargetStack, as_bool, check_shape
 from tersor.wrapping.wrapper import INPUT, OUTPUT, Wrapper
 
 
@@ -75,43 +75,51 @@ class ModelWrappers:
         assert isinstance(mask, Mask)
         return mask
 
-    def set_mask(self, module: str, target: str, mask: Tensor | None) -> None:
-        """Replace one mask, after checking that it fits.
+    def check_masks(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Refuse masks that do not fit the model, before any is applied.
 
         Raises:
-            MaskError: its shape does not broadcast to the target's.
             UnmatchedError: the model has no such module or target.
+            MaskError: a mask's shape does not broadcast to its target's, or it holds other values than 0 and 1.
         """
-        wrapper = self[module]
-        if target.startswith((INPUT, OUTPUT)):
-            self.mask(module, target).set(mask)
-            return
-        tensor = wrapper.tensor(target)
-        if mask is not None and tuple(mask.shape) != tuple(tensor.shape) and not _broadcasts(mask, tensor):
-            raise MaskError(
-                f"a mask of shape {tuple(mask.shape)} does not fit a tensor of shape {tuple(tensor.shape)}",
-                where=f"{module}.{target}",
-                remedy="Were these masks made for another model, or for this one before it was made small?",
-            )
-        self.mask(module, target).set(mask, tensor.device)
+        for module, targets in masks.items():
+            for target, mask in targets.items():
+                wrapper, where = self[module], f"{module}.{target}"
+                if not target.startswith((INPUT, OUTPUT)):
+                    check_shape(mask, wrapper.tensor(target).shape, where)
+                as_bool(mask, where)
+
+    def replace_masks(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take all masks away and put others in their place.
+
+        Raises:
+            MaskError: see :meth:`check_masks`; nothing is changed then.
+        """
+        self.check_masks(masks)
+        for wrapper in self.by_module.values():
+            for stack in wrapper.stacks.values():
+                if isinstance(mask := stack.find(Stage.MASK), Mask):
+                    mask.set(None)
+        for module, targets in masks.items():
+            for target, mask in targets.items():
+                is_activation = target.startswith((INPUT, OUTPUT))
+                device = None if is_activation else self[module].tensor(target).device
+                self.mask(module, target).set(mask, device)
 
     def masks(self) -> dict[str, dict[str, Tensor]]:
-        """Every mask, ``{module: {target: bool tensor of the target's shape}}``; targets without one are left out."""
+        """Every mask, ``{module: {target: bool tensor}}``; targets that lose nothing are left out.
+
+        A parameter's mask has its shape; an input's or output's broadcasts against it, so it fits any batch size.
+        """
         found: dict[str, dict[str, Tensor]] = {}
         for name, wrapper in self.by_module.items():
             for target, stack in wrapper.stacks.items():
                 mask = stack.find(Stage.MASK)
-                shape = stack.shape if target.startswith((INPUT, OUTPUT)) else wrapper.tensor(target).shape
-                full = mask.full(shape) if isinstance(mask, Mask) and shape is not None else None
-                if full is not None:
-                    found.setdefault(name, {})[target] = full
+                if isinstance(mask, Mask) and mask.factors:
+                    is_activation = target.startswith((INPUT, OUTPUT))
+                    shape = None if is_activation else wrapper.tensor(target).shape
+                    found.setdefault(name, {})[target] = mask.product(shape)
         return found
-
-
-def _broadcasts(mask: Tensor, tensor: Tensor) -> bool:
-    return mask.dim() == tensor.dim() and all(
-        own in (1, size) for own, size in zip(mask.shape, tensor.shape, strict=True)
-    )
 
 
 def is_wrapped(model: nn.Module) -> bool:

@@ -1,0 +1,226 @@
+"""The one lifecycle that pruners, quantizers and distillers share, alone or fused on one model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from tersor.config import Granularity, Mode
+from tersor.config.parse import ConfigList
+from tersor.errors import ConflictError, TrainingError
+from tersor.graph.coupling import Coupling
+from tersor.graph.inputs import evaluating, run
+from tersor.targets.plan import OUT_CHANNEL, make_plan
+from tersor.training import Evaluator, check_limits
+from tersor.wrapping import ModelWrappers
+
+
+class Compressor(ABC):
+    """Base of all compressors.
+
+    Making a compressor plans, checks and wraps the model; nothing changes in it until :meth:`compress`. A compressor
+    made by :meth:`from_compressor` works on the same wrappers, and one training run serves all of them.
+
+    A subclass implements what is its own: :meth:`on_start` (before training), :meth:`on_loss` and :meth:`on_step`
+    (during), :meth:`on_finish` (after), and :meth:`result`.
+
+    Args:
+        model: the model; it is wrapped in place.
+        config_list: dicts, or the path of a YAML or JSON file.
+        evaluator: how the model is trained and evaluated; not every compressor needs one.
+        example_inputs: what the model can be run on; by default the evaluator's ``dummy_input``. With them the graph is
+            known: masks are completed, and what cannot leave is left alone.
+        previous: the compressor to work beside; see :meth:`from_compressor`.
+
+    Raises:
+        ConfigError: the config list is wrong or does not fit the model, which is then untouched.
+        WrapError: the model is already wrapped by a compressor.
+
+    Attributes:
+        plan: what the config list comes to on this model.
+    """
+
+    mode: ClassVar[Mode]
+    needs_training: ClassVar[bool] = False
+    default_granularity: ClassVar[Granularity] = OUT_CHANNEL
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: ConfigList,
+        evaluator: Evaluator | None = None,
+        *,
+        example_inputs: Any = None,
+        previous: Compressor | None = None,
+    ) -> None:
+        self.model = model
+        self.evaluator = evaluator or (previous.evaluator if previous else None)
+        if example_inputs is None:
+            example_inputs = previous.example_inputs if previous else evaluator.dummy_input if evaluator else None
+        self.example_inputs = example_inputs
+        self.wrappers = previous.wrappers if previous else ModelWrappers(model)
+        self._chain: tuple[Compressor, ...] = (*(previous._chain if previous else ()), self)
+        with self.wrappers.detached():
+            coupling = previous.plan.coupling if previous else None
+            if coupling is None and example_inputs is not None:
+                coupling = Coupling(model, example_inputs)
+            self.plan = make_plan(model, config_list, self.mode, coupling, self.default_granularity)
+        self._refuse_overlap()
+        self._wrap_targets()
+
+    @classmethod
+    def from_compressor(
+        cls,
+        compressor: Compressor,
+        config_list: ConfigList,
+        *args: Any,
+        evaluator: Evaluator | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A compressor on the model of another, with the same wrappers, evaluator and training run.
+
+        Args:
+            compressor: the one made before.
+            config_list: what the new one does.
+            *args: the algorithm's own arguments, as in its constructor after ``evaluator``.
+            evaluator: only where the first has none.
+            **kwargs: likewise by name.
+
+        Raises:
+            ConflictError: both have an evaluator, or both of one kind were given the same target.
+        """
+        if evaluator is not None and compressor.evaluator is not None and evaluator is not compressor.evaluator:
+            raise ConflictError(
+                "the first compressor has an evaluator already",
+                where="evaluator",
+                remedy="Leave it out here: one training run serves all fused compressors.",
+            )
+        return cls(compressor.model, config_list, evaluator, *args, previous=compressor, **kwargs)
+
+    def _refuse_overlap(self) -> None:
+        mine = {target.name for target in self.plan.targets}
+        for other in self._chain[:-1]:
+            both = sorted(mine & {target.name for target in other.plan.targets})
+            if other.mode == self.mode and both:
+                raise ConflictError(
+                    f"{type(other).__name__} and {type(self).__name__} are both configured for it",
+                    where=both[0],
+                    remedy="Give each target to one compressor of a kind: exclude it from one of the config lists.",
+                )
+
+    @abstractmethod
+    def _wrap_targets(self) -> None:
+        """Put this compressor's transforms, doing nothing yet, on its targets."""
+
+    def wrap_model(self) -> nn.Module:
+        """Simulate (again): masks and fake quantization are applied in forward. Affects all fused compressors."""
+        self.wrappers.attach()
+        return self.model
+
+    def unwrap_model(self, *, bake: bool = False) -> nn.Module:
+        """Give the model back as it was, apart from what training changed. Affects all fused compressors.
+
+        Args:
+            bake: write the masked or quantized values into the parameters first; otherwise the latent ones stay.
+        """
+        self.wrappers.detach(bake=bake)
+        return self.model
+
+    def track_forward(self, *args: Any, **kwargs: Any) -> None:
+        """Run the model once without gradients, so that the shapes of input and output targets are known.
+
+        Args:
+            *args: the model's arguments; without any, the example inputs are used.
+            **kwargs: likewise by name.
+        """
+        with evaluating(self.model):
+            if args or kwargs:
+                self.model(*args, **kwargs)
+            else:
+                run(self.model, self.example_inputs)
+
+    def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> Any:
+        """Compress: start every fused compressor, train for as long as is asked, finish them.
+
+        Args:
+            max_steps: optimizer steps.
+            max_epochs: passes over the data.
+
+        Raises:
+            TrainingError: training is needed or asked for, and there is no evaluator or no length.
+            InvalidValueError: a length that is no positive int.
+        """
+        check_limits(max_steps, max_epochs)
+        trains = max_steps is not None or max_epochs is not None
+        needing = [type(item).__name__ for item in self._chain if item.needs_training]
+        if needing and not trains:
+            raise TrainingError(
+                f"{', '.join(needing)} learns while the model trains, and no length of training is given",
+                where="compress",
+                remedy="Call compress(max_steps=...) or compress(max_epochs=...).",
+            )
+        if trains and self.evaluator is None:
+            raise TrainingError(
+                "there is no evaluator to train with",
+                where="compress",
+                remedy="Give a TorchEvaluator, or call compress() without a length.",
+            )
+        self.start()
+        if trains and self.evaluator is not None:
+            self.evaluator.train(self.model, self, max_steps=max_steps, max_epochs=max_epochs)
+        self.finish()
+        return self.result()
+
+    def start(self) -> None:
+        """Before training; :meth:`compress` calls it. Call it yourself for a training loop of your own."""
+        self.wrappers.attach()
+        for item in self._chain:
+            item.on_start()
+
+    def loss(self, loss: Tensor, batch: Any = None) -> Tensor:
+        """The loss to descend: the user's, with what the compressors add. Call it before ``backward()``."""
+        for item in self._chain:
+            loss = item.on_loss(loss, batch)
+        return loss
+
+    def before_step(self) -> None:
+        """With the gradients complete and the parameters still old."""
+        for item in self._chain:
+            item.on_gradients()
+
+    def after_step(self) -> None:
+        """With the parameters new."""
+        for item in self._chain:
+            item.on_step()
+
+    def step(self) -> None:
+        """Call it after ``optimizer.step()`` in a training loop of your own."""
+        self.after_step()
+
+    def finish(self) -> None:
+        """After training; :meth:`compress` calls it. Call it yourself for a training loop of your own."""
+        for item in self._chain:
+            item.on_finish()
+
+    def on_start(self) -> None:  # noqa: B027 - an algorithm takes part only where it wants to
+        """Before training."""
+
+    def on_loss(self, loss: Tensor, batch: Any) -> Tensor:
+        """The loss of one forward pass; add a term and return it."""
+        return loss
+
+    def on_gradients(self) -> None:  # noqa: B027
+        """Gradients are complete, parameters still old."""
+
+    def on_step(self) -> None:  # noqa: B027
+        """Parameters are new."""
+
+    def on_finish(self) -> None:  # noqa: B027
+        """After training."""
+
+    @abstractmethod
+    def result(self) -> Any:
+        """What :meth:`compress` returns."""

@@ -1,0 +1,91 @@
+"""Masks that follow another target's mask: a bias its weight, a batch norm or an output its convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tersor.config import Align, PruningSpec
+from tersor.errors import ConflictError, MaskError
+from tersor.targets.plan import PlannedTarget
+
+ShapeOf = Callable[[str, str], torch.Size | None]
+
+
+def align(targets: Sequence[PlannedTarget], masks: dict[str, dict[str, Tensor]], shape_of: ShapeOf) -> None:
+    """Add the masks of all aligned targets, in whatever order they depend on each other.
+
+    Args:
+        targets: of the plan; those without ``align`` are passed over.
+        masks: ``{module: {target: mask}}``, extended in place. A target whose source has no mask gets none.
+        shape_of: the shape of ``(module, target)``; None where it is not known.
+
+    Raises:
+        ConflictError: targets align with each other in a circle.
+        MaskError: the source's dimensions do not fit the target's.
+    """
+    waiting = {target.name: (target, spec) for target in targets if (spec := _align_spec(target)) is not None}
+    while waiting:
+        ready = {name: item for name, item in waiting.items() if ".".join(_source(*item)).lstrip(".") not in waiting}
+        if not ready:
+            raise ConflictError("masks align with each other in a circle", where=", ".join(waiting))
+        for name, (target, spec) in ready.items():
+            del waiting[name]
+            module, source = _source(target, spec)
+            mask = masks.get(module, {}).get(source)
+            if mask is not None:
+                full = mask.bool().expand(shape_of(module, source) or mask.shape)
+                shape = shape_of(target.config.module_name, target.config.target_name)
+                mine = _fit(reduce_to(full, spec.dims, name), shape, target)
+                masks.setdefault(target.config.module_name, {})[target.config.target_name] = mine
+
+
+def _align_spec(target: PlannedTarget) -> Align | None:
+    return target.config.spec.align if isinstance(target.config.spec, PruningSpec) else None
+
+
+def _source(target: PlannedTarget, spec: Align) -> tuple[str, str]:
+    return (target.config.module_name if spec.module_name is None else spec.module_name), spec.target_name
+
+
+def reduce_to(mask: Tensor, dims: Sequence[int], where: str = "") -> Tensor:
+    """What lives along some dimensions of a mask: an index dies when everything at it is masked.
+
+    Returns:
+        bool, one dimension for each of ``dims``, in their order.
+
+    Raises:
+        MaskError: the mask has no such dimension.
+
+    >>> reduce_to(torch.tensor([[True, False], [False, False]]), [0])
+    tensor([ True, False])
+    """
+    if any(dim >= mask.dim() for dim in dims):
+        raise MaskError(f"a mask of shape {tuple(mask.shape)} has no dimensions {tuple(dims)}", where=where)
+    others = [dim for dim in range(mask.dim()) if dim not in dims]
+    lives = mask.any(dim=others) if others else mask
+    ordered = sorted(dims)
+    return lives.permute([ordered.index(dim) for dim in dims])
+
+
+def _fit(lives: Tensor, shape: torch.Size | None, target: PlannedTarget) -> Tensor:
+    """The mask in a shape that broadcasts to the target's. Channels of inputs and outputs stand second or last."""
+    if shape is None:
+        raise MaskError(
+            "the shape of this input or output is not known",
+            where=target.name,
+            remedy="Give example_inputs, or call track_forward(...) before compress().",
+        )
+    first = 0
+    if target.config.target_name.startswith("_"):
+        first = 1 if len(shape) > 1 and shape[1] == lives.shape[0] else len(shape) - lives.dim()
+    aligned = lives.reshape([1] * first + list(lives.shape) + [1] * (len(shape) - first - lives.dim()))
+    if any(own not in (1, size) for own, size in zip(aligned.shape, shape, strict=True)):
+        raise MaskError(
+            f"a mask of shape {tuple(lives.shape)} does not fit a target of shape {tuple(shape)}",
+            where=target.name,
+            remedy="Check align['dims'].",
+        )
+    return aligned
