@@ -1,1 +1,20 @@
-"""Tersor."""
+"""Tersor compresses PyTorch models for real: it prunes, quantizes and distils, then makes them smaller and faster."""
+
+from importlib.metadata import version
+
+from tersor.analysis import compare as compare
+from tersor.checkpoint import load as load
+from tersor.checkpoint import save as save
+from tersor.compressor import Compressor as Compressor
+from tersor.storage import load_masks as load_masks
+from tersor.storage import save_masks as save_masks
+from tersor.targets.dependency import auto_set_dependency_group_ids as auto_set_dependency_group_ids
+from tersor.targets.plan import Plan as Plan
+from tersor.targets.plan import plan as plan
+from tersor.targets.settings import DistillationSetting as DistillationSetting
+from tersor.targets.settings import PruningSetting as PruningSetting
+from tersor.targets.settings import QuantizationSetting as QuantizationSetting
+from tersor.training import Evaluator as Evaluator
+from tersor.training import TorchEvaluator as TorchEvaluator
+
+__version__ = version("tersor")

@@ -11,7 +11,7 @@ from typing_extensions import Self
 from tersor.config import Granularity, Mode
 from tersor.config.parse import ConfigList
 from tersor.errors import ConflictError, TrainingError
-from tersor.graph.coupling import Coupling
+from tersor.graph.coupling import Coupling, coupling_of
 from tersor.graph.inputs import evaluating, run
 from tersor.targets.plan import OUT_CHANNEL, make_plan
 from tersor.training import Evaluator, check_limits
@@ -32,7 +32,8 @@ class Compressor(ABC):
         config_list: dicts, or the path of a YAML or JSON file.
         evaluator: how the model is trained and evaluated; not every compressor needs one.
         example_inputs: what the model can be run on; by default the evaluator's ``dummy_input``. With them the graph is
-            known: masks are completed, and what cannot leave is left alone.
+            known: masks are completed, and what cannot leave is left alone. What :func:`tersor.graph.groups` found on
+            this very model is as good, and saves a run.
         previous: the compressor to work beside; see :meth:`from_compressor`.
 
     Raises:
@@ -60,13 +61,13 @@ class Compressor(ABC):
         self.evaluator = evaluator or (previous.evaluator if previous else None)
         if example_inputs is None:
             example_inputs = previous.example_inputs if previous else evaluator.dummy_input if evaluator else None
-        self.example_inputs = example_inputs
+        self.example_inputs = example_inputs.example_inputs if isinstance(example_inputs, Coupling) else example_inputs
         self.wrappers = previous.wrappers if previous else ModelWrappers(model)
         self._chain: tuple[Compressor, ...] = (*(previous._chain if previous else ()), self)
         with self.wrappers.detached():
             coupling = previous.plan.coupling if previous else None
             if coupling is None and example_inputs is not None:
-                coupling = Coupling(model, example_inputs)
+                coupling = coupling_of(model, example_inputs)
             self.plan = make_plan(model, config_list, self.mode, coupling, self.default_granularity)
         self._refuse_overlap()
         self._wrap_targets()

@@ -42,8 +42,8 @@ def silence(model, masks):
     with torch.no_grad():
         for name, tensor in masked.named_parameters():
             module, _, target = name.rpartition(".")
-            if target in kept.get(module, {}):
-                tensor.mul_(kept[module][target])
+            for factor in kept.get(module, {}).get(target, ()):
+                tensor.mul_(factor)
     return masked
 
 

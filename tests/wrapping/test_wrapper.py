@@ -25,7 +25,7 @@ def test_wrap_and_unwrap_three_times_is_bit_for_bit():
     before = copy.deepcopy(model.state_dict())
     parameters, types = list(model.parameters()), [type(module) for module in model.modules()]
     wrappers = ModelWrappers(model)
-    wrappers.replace_masks({"0": {"weight": half(8, 1, 1, 1), "bias": half(8), "_input_0": half(1, 3, 1, 1)}})
+    wrappers.replace_masks({"0": {"weight": [half(8, 1, 1, 1)], "bias": [half(8)], "_input_0": [half(1, 3, 1, 1)]}})
     for _ in range(3):
         wrappers.detach()
         assert list(model.state_dict()) == list(before)
@@ -44,7 +44,7 @@ def test_an_optimizer_made_before_trains_the_latent_weights():
     latent, x = model.weight.detach().clone(), torch.randn(3, 4)
     wrappers = ModelWrappers(model)
     mask = torch.rand(6, 4) > 0.5
-    wrappers.replace_masks({"": {"weight": mask}})
+    wrappers.replace_masks({"": {"weight": [mask]}})
     model(x).pow(2).sum().backward()
     optimizer.step()
     wrappers.detach()
@@ -56,7 +56,7 @@ def test_bake_writes_the_masked_values():
     model = Plain()
     weight = model[0].weight
     wrappers = ModelWrappers(model)
-    wrappers.replace_masks({"0": {"weight": half(8, 1, 1, 1)}})
+    wrappers.replace_masks({"0": {"weight": [half(8, 1, 1, 1)]}})
     wrappers.detach(bake=True)
     assert model[0].weight is weight
     assert (weight[:4] == 0).all()
@@ -65,7 +65,7 @@ def test_bake_writes_the_masked_values():
 
 def test_channel_masks_cost_next_to_nothing():
     stack = Mask("w")
-    stack.set(half(512, 1, 1, 1) & half(1, 256, 1, 1).expand(512, 256, 1, 1))
+    stack.set([half(512, 1, 1, 1) & half(1, 256, 1, 1).expand(512, 256, 1, 1)])
     assert sum(factor.numel() for factor in stack.factors) == 512
 
 
@@ -82,7 +82,7 @@ def test_factors_multiply_to_the_mask(shape):
 
 def test_add_puts_a_large_negative_number():
     mask = Mask("scores", "add", value=-50.0)
-    mask.set(torch.tensor([[True, False]]))
+    mask.set([torch.tensor([[True, False]])])
     assert mask(torch.tensor([[1.0, 2.0]])).tolist() == [[1.0, -48.0]]
     mask.method = "bypass"
     assert mask(torch.tensor([[1.0, 2.0]])).tolist() == [[1.0, 2.0]]
@@ -139,7 +139,7 @@ class Caller(nn.Module):
 def test_inputs_by_position_and_name(target):
     model, x = Caller(), torch.ones(1, 2)
     wrappers = ModelWrappers(model)
-    wrappers.replace_masks({"inner": {target: torch.tensor([[True, False]])}})
+    wrappers.replace_masks({"inner": {target: [torch.tensor([[True, False]])]}})
     expected = model.inner.fc(torch.tensor([[1.0, 0.0]])) * 2
     value, nothing = model(x)
     wrappers.detach()
@@ -150,7 +150,7 @@ def test_inputs_by_position_and_name(target):
 def test_keyword_only_arguments():
     model, x = Caller(), torch.ones(1, 2)
     wrappers = ModelWrappers(model)
-    wrappers.replace_masks({"inner": {"_input_scale": torch.tensor(False)}})
+    wrappers.replace_masks({"inner": {"_input_scale": [torch.tensor(False)]}})
     value, _ = model(x)
     wrappers.detach()
     assert (value == 0).all()
@@ -164,7 +164,7 @@ def test_recurrent_layers_see_the_masked_weights():
         reference.weight_ih_l0.mul_(mask)
     plain = model(x)[0]
     wrappers = ModelWrappers(model)
-    wrappers.replace_masks({"": {"weight_ih_l0": mask}})
+    wrappers.replace_masks({"": {"weight_ih_l0": [mask]}})
     torch.testing.assert_close(model(x)[0], reference(x)[0])
     wrappers.detach()
     assert torch.equal(model(x)[0], plain)
@@ -174,7 +174,7 @@ def test_tied_weights_stay_tied():
     model = nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
     model["head"].weight = model["embed"].weight
     wrappers = ModelWrappers(model)
-    wrappers.replace_masks({"embed": {"weight": half(5, 1)}})
+    wrappers.replace_masks({"embed": {"weight": [half(5, 1)]}})
     wrappers.detach()
     assert model["head"].weight is model["embed"].weight
 
@@ -183,7 +183,7 @@ def test_another_parametrization_survives():
     model = parametrizations.weight_norm(nn.Linear(3, 4))
     reference = model.weight.detach().clone()
     wrappers = ModelWrappers(model)
-    wrappers.replace_masks({"": {"bias": half(4)}})
+    wrappers.replace_masks({"": {"bias": [half(4)]}})
     wrappers.detach()
     assert torch.equal(model.weight, reference)
     assert "weight" in model.parametrizations
@@ -193,7 +193,7 @@ def test_another_parametrization_survives():
 def test_deepcopy_and_compile_of_a_wrapped_model():
     model, x = Plain().eval(), torch.randn(IMAGE)
     wrappers = ModelWrappers(model)
-    wrappers.replace_masks({"0": {"weight": half(8, 1, 1, 1), "_output_0": half(1, 8, 1, 1)}})
+    wrappers.replace_masks({"0": {"weight": [half(8, 1, 1, 1)], "_output_0": [half(1, 8, 1, 1)]}})
     clone = copy.deepcopy(model)
     expected = model(x)
     assert torch.equal(clone(x), expected)
@@ -213,7 +213,7 @@ def test_errors():
     with pytest.raises(UnmatchedError, match=r"'weigth'.*Did you mean 'weight'"):
         wrappers.mask("0", "weigth")
     with pytest.raises(MaskError, match=r"\(7, 1, 1, 1\).*\(8, 3, 3, 3\)"):
-        wrappers.replace_masks({"0": {"weight": half(7, 1, 1, 1)}})
+        wrappers.check_masks({"0": {"weight": half(7, 1, 1, 1)}})
     wrappers.mask("0", "weight")
     with pytest.raises(ConflictError, match="mask stage"):
         wrappers["0"].stack("weight").add(Mask("again"))

@@ -4,5 +4,6 @@ from tersor.graph.coupling import Coupling as Coupling
 from tersor.graph.coupling import CouplingGroup as CouplingGroup
 from tersor.graph.coupling import Masks as Masks
 from tersor.graph.coupling import Member as Member
+from tersor.graph.coupling import coupling_of as coupling_of
 from tersor.graph.coupling import groups as groups
 from tersor.graph.inputs import fresh_inputs as fresh_inputs

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import EmptyLayerError
+from tersor.errors import EmptyLayerError, TraceError
 from tersor.graph.labels import Axis
 from tersor.graph.propagate import ModuleOutput, propagate
 
@@ -64,6 +64,7 @@ class Coupling:
     """What one run of a model says about its parameters.
 
     Attributes:
+        example_inputs: what the model was run on.
         axes: every dimension of every parameter and buffer with more than one index.
         classes: the class of each label, shape ``(labels,)``.
         reasons: why a class is frozen.
@@ -75,6 +76,7 @@ class Coupling:
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         propagation = propagate(model, example_inputs)
+        self.example_inputs = example_inputs
         self.axes: tuple[Axis, ...] = tuple(propagation.ledger.axes)
         self.classes, self.reasons, self.written, self.read = propagation.ledger.solve()
         self.outputs: tuple[ModuleOutput, ...] = propagation.outputs
@@ -197,7 +199,7 @@ class Coupling:
                     kept.setdefault(name, {})[axis.dim] = torch.from_numpy(vector)
         return kept
 
-    def complete(self, masks: Masks) -> dict[str, dict[str, Tensor]]:
+    def complete(self, masks: Masks) -> dict[str, dict[str, tuple[Tensor, ...]]]:
         """Masks carried over to everything that leaves with what they remove: biases, norms, consumers.
 
         With completed masks the masked model computes exactly what the small model will: whatever value a removed
@@ -207,9 +209,10 @@ class Coupling:
             masks: bool masks of parameters, of the parameter's shape or broadcastable to it.
 
         Returns:
-            new masks, compact: a mask has size 1 along dimensions in which it does not vary where that is possible.
+            for each target its mask as factors: bool tensors that broadcast against the target and whose product is
+            the mask. What is carried over is one vector a dimension and takes next to no memory.
         """
-        complete = {module: dict(targets) for module, targets in masks.items()}
+        complete = {module: {target: (mask,) for target, mask in targets.items()} for module, targets in masks.items()}
         removed = self.removed(masks)
         for axis in self.axes:
             vector = ~removed[self.classes[axis.span]]
@@ -220,8 +223,8 @@ class Coupling:
             factor = torch.from_numpy(vector).reshape(shape)
             for name in axis.names:
                 module, _, target = name.rpartition(".")
-                known = complete.setdefault(module, {}).get(target)
-                complete[module][target] = factor if known is None else known.bool() & factor.to(known.device)
+                factors = complete.setdefault(module, {})
+                factors[target] = (*factors.get(target, ()), factor)
         return complete
 
     def __str__(self) -> str:
@@ -238,6 +241,25 @@ class Coupling:
 def _find(masks: Masks, name: str) -> Tensor | None:
     module, _, target = name.rpartition(".")
     return masks.get(module, {}).get(target)
+
+
+def coupling_of(model: nn.Module, example_inputs: Any) -> Coupling:
+    """The coupling of a model: found now, or the one that is given in place of example inputs.
+
+    Raises:
+        TraceError: the model does not run on these inputs, or a given coupling is another model's.
+    """
+    if not isinstance(example_inputs, Coupling):
+        return Coupling(model, example_inputs)
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    for axis in example_inputs.axes:
+        if axis.name not in tensors or tensors[axis.name].shape[axis.dim] != axis.size:
+            raise TraceError(
+                "the coupling groups were found on another model, or before this one was made small",
+                where=axis.name,
+                remedy="Give example inputs, or call tersor.graph.groups(model, example_inputs) again.",
+            )
+    return example_inputs
 
 
 def groups(model: nn.Module, example_inputs: Any) -> Coupling:

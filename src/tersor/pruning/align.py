@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -89,3 +89,14 @@ def _fit(lives: Tensor, shape: torch.Size | None, target: PlannedTarget) -> Tens
             remedy="Check align['dims'].",
         )
     return aligned
+
+
+def expanded(masks: Mapping[str, Mapping[str, Tensor]], shape_of: ShapeOf) -> dict[str, dict[str, Tensor]]:
+    """Compact masks of parameters as views of the parameters' shapes; those of inputs and outputs as they are."""
+    return {
+        module: {
+            target: mask if target.startswith("_") else mask.expand(shape_of(module, target) or mask.shape)
+            for target, mask in targets.items()
+        }
+        for module, targets in masks.items()
+    }

@@ -8,7 +8,7 @@ All that is decided here is *how many* blocks each target loses; they are those 
 - A threshold removes the blocks of a lower score, within the least and the greatest ratio.
 - A **dependency group** lives and dies as one *unit*: its scores are averaged, its members share one mask.
 - **Internal blocks** cut a unit into consecutive equal parts (the groups of a convolution), which lose equally
-  many blocks.
+  many blocks: ratios and thresholds count in one part.
 - A **global group** removes ``floor(r * elements + 1e-6)`` elements from all of its units together, the lowest scores
   first. Each unit stays within its least and greatest ratio and keeps at least one block of every part, whatever the
   ratio. Where units weigh differently (a filter of one layer has more elements than one of another), a block that is
@@ -38,6 +38,9 @@ from torch import Tensor
 
 from tersor.errors import ConflictError, EmptyLayerError, InvalidValueError
 from tersor.pruning.scores import mean_over_members
+
+_KEYS = {"ratio": "sparse_ratio", "threshold": "sparse_threshold", "global_group": "global_group_id"}
+"""What the user calls the settings on which the members of a dependency group must agree."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +103,7 @@ def allocate(requests: Sequence[Request]) -> dict[Hashable, Tensor]:
         keep = ~_lowest(unit.scores, removed[unit])
         for member in unit.members:
             masks[member.key] = keep.view(member.scores.shape).to(member.scores.device, copy=len(unit.members) > 1)
+    assert len(masks) == len(requests), "a key is there twice"
     return {request.key: masks[request.key] for request in requests}
 
 
@@ -187,12 +191,8 @@ def _units(requests: Iterable[Request]) -> list[_Unit]:
 
 
 def _unit(members: tuple[Request, ...]) -> _Unit:
-    for setting, key in (
-        ("ratio", "sparse_ratio"),
-        ("threshold", "sparse_threshold"),
-        ("global_group", "global_group_id"),
-    ):
-        _agreed(members, setting, key, "the targets of a dependency group share one mask")
+    for setting in _KEYS:
+        _agreed(members, setting, "the targets of a dependency group share one mask")
     counts = {member.scores.numel() for member in members}
     if len(counts) > 1:
         listed = ", ".join(f"{member.key}: {member.scores.numel()}" for member in members)
@@ -223,16 +223,15 @@ def _unit(members: tuple[Request, ...]) -> _Unit:
 def _global_counts(units: Sequence[_Unit]) -> list[int]:
     """How many blocks each part of each unit of a global group loses."""
     members = [member for unit in units for member in unit.members]
-    ratio = _agreed(members, "ratio", "sparse_ratio", "the targets of a global group share one budget")
+    ratio = _agreed(members, "ratio", "the targets of a global group share one budget")
     if ratio is None:
         raise ConflictError(
             "a global group shares one sparse_ratio, and none is set.",
             where=f"global_group_id {units[0].first.global_group!r} ({_names(members)})",
             remedy="Set sparse_ratio. A sparse_threshold needs no group: it is the same for all targets that have it.",
         )
-    budget = _share(ratio, sum(unit.weight * unit.size for unit in units)) - sum(
-        unit.weight * unit.least for unit in units
-    )
+    budget = _share(ratio, sum(unit.weight * unit.size for unit in units))
+    budget -= sum(unit.weight * unit.least for unit in units)
     candidates = [_candidates(unit).to(units[0].scores.device) for unit in units]
     lengths = [len(scores) for scores in candidates]
     chosen = _cheapest(torch.cat(candidates), lengths, [unit.weight for unit in units], budget)
@@ -299,15 +298,15 @@ def _share(ratio: float, total: int) -> int:
     return math.floor(ratio * total + 1e-6)
 
 
-def _agreed(members: Sequence[Request], setting: str, key: str, why: str) -> Any:
+def _agreed(members: Sequence[Request], setting: str, why: str) -> Any:
     """The value of a setting on which all members agree."""
     first = members[0]
     value = getattr(first, setting)
     for other in members[1:]:
         if (differing := getattr(other, setting)) != value:
             raise ConflictError(
-                f"{key} is {value} for {first.key} but {differing} for {other.key}, and {why}.",
-                where=key,
+                f"{_KEYS[setting]} is {value} for {first.key} but {differing} for {other.key}, and {why}.",
+                where=_KEYS[setting],
                 remedy="Give them one value, or different groups.",
             )
     return value

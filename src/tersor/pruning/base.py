@@ -13,11 +13,12 @@ from tersor.compressor import Compressor
 from tersor.config import PruningSpec
 from tersor.errors import ConfigError
 from tersor.graph.coupling import Masks
-from tersor.pruning.align import align
+from tersor.pruning.align import align, expanded
 from tersor.pruning.allocation import Request, allocate
 from tersor.storage import load_masks
 from tersor.targets.granularity import Blocks
 from tersor.targets.plan import PlannedTarget
+from tersor.wrapping.stack import as_bool, compact
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,17 @@ class Pruner(Compressor):
         self._apply()
         return self.get_masks()
 
-    def get_masks(self) -> dict[str, dict[str, Tensor]]:
-        """The masks of the model: ``{module: {target: bool tensor of the target's shape}}``, True keeps.
+    def get_masks(self, *, completed: bool = False) -> dict[str, dict[str, Tensor]]:
+        """The masks of all fused pruners, ``{module: {target: bool tensor}}``, True keeps.
 
-        Targets that lose nothing are left out. Masks of all fused pruners are included.
+        Args:
+            completed: also what follows from them by the graph (biases, norms, consumers), as it is simulated.
+
+        Returns:
+            masks of their parameters' shape, or broadcasting against inputs and outputs. A mask that is the same along
+            a dimension is a view that takes no memory there: clone it before you change it.
         """
-        return self.wrappers.masks()
+        return self.wrappers.masks() if completed else expanded(self._merged(), self._shape)
 
     def update_masks(self, masks: Masks | str | os.PathLike[str]) -> None:
         """Apply masks from elsewhere in place of this pruner's own.
@@ -119,20 +125,24 @@ class Pruner(Compressor):
         """
         given = load_masks(masks) if isinstance(masks, (str, os.PathLike)) else masks
         self.wrappers.check_masks(given)
-        self._own_masks = {module: dict(targets) for module, targets in given.items()}
+        self._own_masks = {
+            module: {target: compact(as_bool(mask, f"{module}.{target}")) for target, mask in targets.items()}
+            for module, targets in given.items()
+        }
         self._apply()
 
     def sparsity(self) -> list[Sparsity]:
         """What was asked of each target and what came of it."""
-        masks, found = self.get_masks(), []
+        own, applied = self.get_masks(), self.get_masks(completed=True)
+        found: list[Sparsity] = []
         for target in self.plan.targets:
             spec, blocks = target.config.spec, target.blocks
             if blocks is None or not isinstance(spec, PruningSpec):
                 continue
-            mask = masks.get(target.config.module_name, {}).get(target.config.target_name)
-            kept = None if mask is None else blocks.split(mask).any(-1)
-            removed = 0 if kept is None else int((~kept).sum())
-            share = 0.0 if mask is None else float((~mask).float().mean())
+            place = target.config.module_name, target.config.target_name
+            mask, simulated = (masks.get(place[0], {}).get(place[1]) for masks in (own, applied))
+            removed = 0 if mask is None else int((~blocks.split(mask).any(-1)).sum())
+            share = 0.0 if simulated is None else float((~simulated).float().mean())
             found.append(Sparsity(target.name, spec.sparse_ratio, blocks.count, removed, share, target.frozen or ""))
         return found
 
@@ -197,14 +207,22 @@ class Pruner(Compressor):
             self.track_forward()
         return stack.shape
 
-    def _apply(self) -> None:
-        """Put the masks of all fused pruners in place, carried over to biases, norms and consumers."""
+    def _merged(self) -> dict[str, dict[str, Tensor]]:
+        """The masks that the fused pruners made, compact."""
         merged: dict[str, dict[str, Tensor]] = {}
         for pruner in self._chain:
             for module, targets in pruner._own_masks.items() if isinstance(pruner, Pruner) else ():
                 for target, mask in targets.items():
                     known = merged.setdefault(module, {}).get(target)
-                    merged[module][target] = mask if known is None else known.bool() & mask.bool().to(known.device)
+                    merged[module][target] = mask if known is None else known & mask.to(known.device)
+        return merged
+
+    def _apply(self) -> None:
+        """Put the masks of all fused pruners in place, carried over to biases, norms and consumers."""
+        merged = self._merged()
         if self.plan.coupling is not None:
-            merged = self.plan.coupling.complete(merged)
-        self.wrappers.replace_masks(merged)
+            self.wrappers.replace_masks(self.plan.coupling.complete(merged))
+        else:
+            self.wrappers.replace_masks(
+                {module: {target: (mask,) for target, mask in targets.items()} for module, targets in merged.items()}
+            )

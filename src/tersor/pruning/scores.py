@@ -39,8 +39,6 @@ def block_norm(x: Tensor, blocks: Blocks, p: float) -> Tensor:
         tensor([[5.],
                 [1.]])
     """
-    if not blocks.shape:
-        return x.abs().to(_accumulator(x))
     return torch.linalg.vector_norm(blocks.tiles(x), ord=p, dim=blocks.inside, dtype=_accumulator(x))
 
 

@@ -11,13 +11,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from tersor.errors import MaskError, TraceError, WrapError, nearest
-from tersor.graph.coupling import Coupling, Masks
+from tersor.graph.coupling import Coupling, Masks, coupling_of
 from tersor.graph.inputs import fresh_inputs
 from tersor.speedup.slicing import Snapshot, bake, cut, named_tensors
 from tersor.speedup.verify import divergence_error, first_divergence, module_outputs, outputs_of, relative_error
 from tersor.storage import load_masks
 from tersor.wrapping import is_wrapped
-from tersor.wrapping.stack import as_bool, check_shape
+from tersor.wrapping.stack import as_bool, check_shape, compact
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class ModelSpeedup:
 
     Args:
         model: the model, unwrapped (``pruner.unwrap_model()``).
-        dummy_input: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        dummy_input: a tensor, a tuple of arguments or a mapping of keyword arguments; or what
+            :func:`tersor.graph.groups` found on this very model, which saves a run.
         masks_or_file: ``{module: {target: mask}}`` as ``compress()`` returns them, or the path of a masks file.
         verify: compare the outputs before the small model is handed out.
         tolerance: the largest relative difference that is accepted.
         batch_dim: the dimension of the inputs that holds the batch.
-        coupling: of this very model, where it was found already; saves one forward pass.
 
     Raises:
         MaskError: the masks belong to another model, or would empty a layer.
@@ -92,7 +92,6 @@ class ModelSpeedup:
         verify: bool = True,
         tolerance: float = 1e-4,
         batch_dim: int = 0,
-        coupling: Coupling | None = None,
     ) -> None:
         if is_wrapped(model):
             raise WrapError("the model is still wrapped", remedy="Call unwrap_model() of its compressor first.")
@@ -103,7 +102,6 @@ class ModelSpeedup:
         self.verify = verify
         self.tolerance = tolerance
         self.batch_dim = batch_dim
-        self.coupling = coupling
         self.report: SpeedupReport | None = None
 
     def speedup_model(self) -> nn.Module:
@@ -113,10 +111,10 @@ class ModelSpeedup:
             VerificationError: the small model computes something else; the model is unchanged.
             EmptyLayerError: a layer would be left without anything; the model is unchanged.
         """
-        coupling = self.coupling or Coupling(self.model, self.dummy_input)
+        coupling = coupling_of(self.model, self.dummy_input)
         removed = coupling.removed(self.masks)
         masks, kept = coupling.complete(self.masks), coupling.kept(removed)
-        inputs = fresh_inputs(self.dummy_input, batch_dim=self.batch_dim) if self.verify else None
+        inputs = fresh_inputs(coupling.example_inputs, batch_dim=self.batch_dim) if self.verify else None
         with Snapshot(self.model) as snapshot:
             bake(self.model, masks)
             expected = outputs_of(self.model, inputs) if self.verify else []
@@ -151,15 +149,15 @@ def _checked(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
             if name not in tensors:
                 raise MaskError("the model has no such parameter or buffer", where=name, remedy=nearest(name, tensors))
             check_shape(mask, tensors[name].shape, name)
-            checked.setdefault(module, {})[target] = as_bool(mask, name)
+            checked.setdefault(module, {})[target] = compact(as_bool(mask, name))
     return checked
 
 
 def _left_alone(coupling: Coupling, masks: Masks, removed: np.ndarray) -> Iterator[LeftAlone]:
     """Rows that a contraction writes, that the masks silence, and that are still there."""
-    masked = coupling.masked(masks)
+    silent = coupling.masked(masks) & coupling.written & ~removed[coupling.classes]
     for axis in coupling.axes:
-        stays = (masked & coupling.written & ~removed[coupling.classes])[axis.span]
+        stays = silent[axis.span]
         if stays.any():
             reason = coupling.frozen_reason(axis.name, axis.dim)
             where = f"{axis.name} dim {axis.dim}"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
-import torch
 from torch import Tensor, nn
 
-from tersor.graph.coupling import Masks
 from tersor.speedup.resize import size_attributes, update_sizes
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
@@ -49,14 +47,21 @@ class Snapshot:
             self.restore()
 
 
-def bake(model: nn.Module, masks: Masks) -> None:
-    """Make masked values zero. Tied parameters are masked by each of their names."""
+def bake(model: nn.Module, masks: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> None:
+    """Make masked values zero.
+
+    Args:
+        model: its parameters get new data.
+        masks: for each target its mask as factors. A tied parameter is masked under each of its names.
+    """
     tensors = named_tensors(model)
-    with torch.no_grad():
-        for module, targets in masks.items():
-            for target, mask in targets.items():
-                tensor = tensors[f"{module}.{target}" if module else target]
-                tensor.data = tensor.data * mask.to(tensor.device)
+    for module, targets in masks.items():
+        for target, factors in targets.items():
+            tensor = tensors[f"{module}.{target}" if module else target]
+            values = tensor.data
+            for factor in factors:
+                values = values * factor.to(values.device)
+            tensor.data = values
 
 
 def cut(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> Shapes:

@@ -103,30 +103,30 @@ class Mask(Transform):
         """Bool tensors that broadcast against the target; their product is the mask. Empty: nothing is masked."""
         return [getattr(self, name) for name in self._factors]
 
-    def set(self, mask: Tensor | None, device: torch.device | None = None) -> None:
-        """Replace the mask; None removes it.
+    def set(self, factors: Sequence[Tensor], device: torch.device | None = None) -> None:
+        """Replace the mask by the product of some masks; none at all removes it.
 
         Args:
-            mask: bool, or numbers that are all 0 or 1; of the target's shape or broadcastable to it.
+            factors: bool, or numbers that are all 0 or 1; of the target's shape or broadcastable to it.
             device: where the target lives.
 
         Raises:
-            MaskError: it holds something else than 0 and 1.
+            MaskError: one holds something else than 0 and 1.
         """
         for name in self._factors:
             delattr(self, name)
         self._factors = []
-        if mask is None:
-            return
-        for number, factor in enumerate(factorize(as_bool(mask, self.target))):
-            self.register_buffer(f"factor_{number}", factor.to(device) if device else factor)
+        vectors = [vector for factor in factors for vector in factorize(as_bool(factor, self.target))]
+        for number, vector in enumerate(vectors):
+            self.register_buffer(f"factor_{number}", vector.to(device) if device else vector)
             self._factors.append(f"factor_{number}")
 
     def product(self, shape: Sequence[int] | None = None) -> Tensor:
         """The mask as one bool tensor: of the given shape, or as small as broadcasting allows."""
-        factors = torch.broadcast_tensors(*self.factors)
-        mask = torch.stack(factors).all(0)
-        return mask if shape is None else mask.expand(tuple(shape)).clone()
+        mask = torch.ones([1] * self.factors[0].dim(), dtype=torch.bool, device=self.factors[0].device)
+        for factor in self.factors:
+            mask = mask & factor
+        return mask if shape is None else mask.expand(tuple(shape))
 
     def forward(self, value: Tensor) -> Tensor:
         """The masked value, same shape and dtype."""
@@ -167,6 +167,18 @@ def as_bool(mask: Tensor, target: str) -> Tensor:
             remedy="Compare the scores with a threshold first: mask = scores > threshold.",
         )
     return mask.bool()
+
+
+def compact(mask: Tensor) -> Tensor:
+    """An expanded mask without its repetitions: size 1 along each dimension in which it is the same by construction.
+
+    >>> compact(torch.ones(3, 1, dtype=torch.bool).expand(3, 5)).shape
+    torch.Size([3, 1])
+    """
+    for dim in range(mask.dim()):
+        if mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
 
 
 def factorize(mask: Tensor) -> list[Tensor]:

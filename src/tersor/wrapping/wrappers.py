@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -89,22 +89,21 @@ class ModelWrappers:
                     check_shape(mask, wrapper.tensor(target).shape, where)
                 as_bool(mask, where)
 
-    def replace_masks(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def replace_masks(self, masks: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> None:
         """Take all masks away and put others in their place.
 
-        Raises:
-            MaskError: see :meth:`check_masks`; nothing is changed then.
+        Args:
+            masks: for each target its mask as factors: bool tensors that broadcast against it; see :class:`Mask`.
         """
-        self.check_masks(masks)
         for wrapper in self.by_module.values():
             for stack in wrapper.stacks.values():
                 if isinstance(mask := stack.find(Stage.MASK), Mask):
-                    mask.set(None)
+                    mask.set(())
         for module, targets in masks.items():
-            for target, mask in targets.items():
+            for target, factors in targets.items():
                 is_activation = target.startswith((INPUT, OUTPUT))
                 device = None if is_activation else self[module].tensor(target).device
-                self.mask(module, target).set(mask, device)
+                self.mask(module, target).set(factors, device)
 
     def masks(self) -> dict[str, dict[str, Tensor]]:
         """Every mask, ``{module: {target: bool tensor}}``; targets that lose nothing are left out.

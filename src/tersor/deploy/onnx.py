@@ -1,0 +1,112 @@
+"""ONNX: one file with a free batch size, and the proof that ONNX Runtime computes what the model computes."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tersor.errors import MissingExtraError, VerificationError
+from tersor.graph.inputs import as_call, evaluating, fresh_inputs, map_tensors, tensors_of
+from tersor.speedup.verify import outputs_of, relative_error
+from tersor.storage import replacing_file
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def require_onnx() -> None:
+    """Refuse to begin what would end without ONNX.
+
+    Raises:
+        MissingExtraError: one of its packages is not installed.
+    """
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingExtraError(
+            f"not installed: {', '.join(missing)}", where="onnx", remedy="Install them: pip install 'tersor[onnx]'."
+        )
+
+
+def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[str]) -> Path:
+    """Write a model as one ONNX file, in eval mode and with a free batch size.
+
+    Args:
+        model: any model that `torch.export` can follow; it is left as it was.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments. Tensors whose dimension 0 is
+            that of the first one get a free batch size.
+        path: the file to write or replace.
+
+    Returns:
+        The path.
+
+    Raises:
+        MissingExtraError: ONNX is not installed.
+    """
+    require_onnx()
+    batch = tensors_of(example_inputs)[0].shape[0]
+    example_args, example_kwargs = as_call(example_inputs)
+    named = inspect.signature(model.forward).bind(*example_args, **example_kwargs).arguments
+    # One sample more than in the example: torch.export would take a batch of 1 for a constant.
+    args, kwargs = as_call(fresh_inputs(example_inputs))
+    with evaluating(model), replacing_file(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the exporter about itself
+        torch.onnx.export(
+            model,
+            args,
+            temporary,
+            kwargs=kwargs,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            dynamic_shapes=map_tensors(dict(named), lambda tensor: _free_batch(tensor, batch)),
+        )
+    return Path(path)
+
+
+def check_onnx(
+    path: str | os.PathLike[str], model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-4
+) -> float:
+    """Run an ONNX file in ONNX Runtime, on fresh inputs at a batch size of its own, beside the model.
+
+    Args:
+        path: what `export_onnx` wrote.
+        model: the model that was exported.
+        example_inputs: as for `export_onnx`.
+        tolerance: the largest accepted error.
+
+    Returns:
+        The largest difference of the outputs, relative to the largest output.
+
+    Raises:
+        VerificationError: the error is above the tolerance.
+    """
+    require_onnx()
+    import onnxruntime  # here, because the package is optional
+
+    inputs = fresh_inputs(example_inputs, extra=3, seed=1)
+    args, kwargs = as_call(inputs)
+    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+    feed = {name: tensor for name, tensor in kwargs.items() if isinstance(tensor, Tensor)}
+    feed |= dict(zip((name for name in names if name not in kwargs), tensors_of(args), strict=False))
+    results = session.run(None, {name: feed[name].cpu().numpy() for name in names})
+    expected = [tensor.cpu() for tensor in outputs_of(model, inputs)]
+    error = relative_error([torch.from_numpy(result) for result in results], expected)
+    if not error <= tolerance:
+        raise VerificationError(
+            f"ONNX Runtime's outputs differ from the model's by {error:.2g} relative, more than {tolerance:g}",
+            where=os.fspath(path),
+            remedy="Report it with the model: the exporter or an operator of the runtime computes something else.",
+        )
+    return error
+
+
+def _free_batch(tensor: Tensor, batch: int) -> dict[int, Any]:
+    free = tensor.dim() > 0 and tensor.shape[0] == batch
+    return {0: torch.export.Dim.DYNAMIC} if free else {}

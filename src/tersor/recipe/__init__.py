@@ -1,0 +1,14 @@
+"""A recipe: one YAML file from a trained model to a smaller one that is measured, saved and exported."""
+
+from tersor.recipe.imports import import_object as import_object
+from tersor.recipe.prepare import Prepared as Prepared
+from tersor.recipe.prepare import build_model as build_model
+from tersor.recipe.prepare import prepare as prepare
+from tersor.recipe.run import RunResult as RunResult
+from tersor.recipe.run import run_recipe as run_recipe
+from tersor.recipe.spec import FineTuning as FineTuning
+from tersor.recipe.spec import ModelSource as ModelSource
+from tersor.recipe.spec import Output as Output
+from tersor.recipe.spec import Pruning as Pruning
+from tersor.recipe.spec import Recipe as Recipe
+from tersor.recipe.spec import read_recipe as read_recipe

@@ -1,0 +1,115 @@
+"""Objects that a recipe names: ``package.module:name``, or the short name of something that Tersor or PyTorch has."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from tersor.config import values
+from tersor.errors import ConfigError, InvalidValueError, nearest
+
+FORM = "package.module:callable"
+
+
+def import_path(value: object) -> str:
+    """Check the form of an import path; nothing is imported yet.
+
+    Raises:
+        InvalidValueError: it is not ``package.module:callable``.
+
+    >>> import_path("my_package.models:resnet")
+    'my_package.models:resnet'
+    """
+    module, colon, name = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if not (colon and name.isidentifier() and all(part.isidentifier() for part in module.split("."))):
+        raise InvalidValueError(f"{value!r} is no import path.", legal=[FORM])
+    return str(value)
+
+
+def import_object(path: str, where: str = "") -> Callable[..., Any]:
+    """Import what an import path names.
+
+    Args:
+        path: ``package.module:callable``.
+        where: the place in the recipe, for errors.
+
+    Raises:
+        ConfigError: it says which part failed: the module, its own import, or the name in it.
+
+    >>> import_object("torch.nn:Linear")
+    <class 'torch.nn.modules.linear.Linear'>
+    """
+    with values.at(where):
+        module_name, _, name = import_path(path).partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if f"{module_name}.".startswith(f"{error.name}."):
+            raise ConfigError(
+                f"{path!r}: there is no module {error.name!r}.",
+                where=where,
+                remedy="Install it, or run from the folder that holds it.",
+            ) from error
+        raise _broken(path, where, error) from error
+    except Exception as error:
+        raise _broken(path, where, error) from error
+    return _callable_in(module, name, path, where)
+
+
+def named_object(name: str, home: ModuleType, base: type, where: str) -> Callable[..., Any]:
+    """What a short name means in its home module, or what an import path names.
+
+    Args:
+        name: a name in `home`, or ``package.module:callable``.
+        home: the module of short names.
+        base: what a short name must be a subclass of; ``object`` accepts every function too.
+        where: the place in the recipe, for errors.
+
+    Raises:
+        ConfigError: there is no such thing.
+
+    >>> import torch
+    >>> named_object("SGD", torch.optim, torch.optim.Optimizer, "optimizer")
+    <class 'torch.optim.sgd.SGD'>
+    """
+    if ":" in name:
+        return import_object(name, where)
+    found = getattr(home, name, None)
+    if base is object and callable(found):
+        return found
+    if isinstance(found, type) and issubclass(found, base) and found is not base:
+        return found
+    known = [
+        key
+        for key, value in vars(home).items()
+        if not key.startswith("_") and (base is object or (isinstance(value, type) and issubclass(value, base)))
+    ]
+    raise InvalidValueError(
+        f"{name!r} is not known here.",
+        where=where,
+        legal=[f"a name in {home.__name__}", FORM],
+        remedy=nearest(name, known),
+    )
+
+
+def _callable_in(module: ModuleType, name: str, path: str, where: str) -> Callable[..., Any]:
+    if not hasattr(module, name):
+        raise ConfigError(
+            f"{path!r}: the module {module.__name__!r} has no {name!r}.",
+            where=where,
+            remedy=nearest(name, vars(module)),
+        )
+    found = getattr(module, name)
+    if not callable(found):
+        raise ConfigError(f"{path!r} is a {type(found).__name__} and cannot be called.", where=where, legal=[FORM])
+    return found
+
+
+def _broken(path: str, where: str, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"{path!r}: its module cannot be imported ({type(error).__name__}: {error}).",
+        where=where,
+        remedy="Mend that module.",
+    )

