@@ -236,7 +236,7 @@ def edit(**changes):
         (half_json, r"architecture\.json: is damaged.*save it again"),
         (binary_json, r"architecture\.json: is damaged"),
         (foreign_json, r"architecture\.json: was not written by Tersor"),
-        (edit(version=2, tersor="9.0"), r"format version 2, written by Tersor 9\.0 Legal: 1\. Update Tersor"),
+        (edit(version=2, tersor="9.0"), r"format version 2, written by Tersor 9\.0\. Legal: 1\. Update Tersor"),
         (flip_a_digit, r"architecture\.json: is damaged \(the checksum differs\)"),
         (edit(tensors={"conv1.weight": {}}), r"(?s)architecture\.json: is damaged.*conv1\.weight"),
         (edit(sizes={"conv1": {"forward": 1}}), "of another kind are 'conv1'"),

@@ -23,8 +23,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from tersor.errors import CheckpointError, nearest
+from tersor.graph.inputs import named_tensors
 from tersor.speedup.resize import size_attributes
-from tersor.speedup.slicing import Snapshot, named_tensors
+from tersor.speedup.slicing import Snapshot
 from tersor.storage import read_tensors, replacing_folder, write_tensors, write_text
 from tersor.wrapping import is_wrapped
 

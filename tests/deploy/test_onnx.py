@@ -6,7 +6,7 @@ import torch._dynamo  # slow to import, which is no test's fault
 from torch import nn
 
 from tersor.deploy import check_onnx, export_onnx
-from tersor.errors import MissingExtraError, VerificationError
+from tersor.errors import MissingExtraError, TraceError, VerificationError
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -43,6 +43,20 @@ def test_another_model_is_told_apart(tmp_path):
     path = export_onnx(nn.Linear(3, 2), example, tmp_path / "model.onnx")
     with pytest.raises(VerificationError, match=r"model\.onnx: ONNX Runtime's outputs differ"):
         check_onnx(path, nn.Linear(3, 2), example)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_model_that_cannot_be_followed_leaves_the_older_file(tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_text("older")
+    with pytest.raises(TraceError, match=r"Branching: torch\.onnx\.export cannot follow it"):
+        export_onnx(Branching(), torch.ones(2, 3), path)
+    assert path.read_text() == "older"
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):

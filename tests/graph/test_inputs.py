@@ -15,14 +15,14 @@ def test_calls():
         as_call(None)
 
 
-def test_fresh_inputs_keep_kind_and_grow_the_batch():
+def test_fresh_inputs_keep_kind_at_another_batch_size():
     example = {"image": torch.randn(2, 3, 4) * 5 + 100, "ids": torch.tensor([[1, 7], [2, 9]]), "scale": torch.ones(5)}
     state = torch.get_rng_state()
-    fresh = fresh_inputs(example, extra=2)
+    fresh = fresh_inputs(example)
     assert torch.equal(state, torch.get_rng_state())
-    assert fresh["image"].shape == (4, 3, 4)
+    assert fresh["image"].shape == (1, 3, 4)
     assert 90 < fresh["image"].mean() < 110
-    assert fresh["ids"].shape == (4, 2)
+    assert fresh["ids"].shape == (1, 2)
     assert {tuple(row) for row in fresh["ids"].tolist()} <= {(1, 7), (2, 9)}
     assert fresh["scale"].shape == (5,)
 

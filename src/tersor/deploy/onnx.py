@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import MissingExtraError, VerificationError
-from tersor.graph.inputs import as_call, evaluating, fresh_inputs, map_tensors, tensors_of
+from tersor.analysis.compare import with_batch_size
+from tersor.analysis.macs import batch_size_of
+from tersor.errors import MissingExtraError, TraceError, VerificationError
+from tersor.graph.inputs import as_call, evaluating, map_tensors, tensors_of
 from tersor.speedup.verify import outputs_of, relative_error
 from tersor.storage import replacing_file
 
@@ -47,32 +49,41 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
 
     Raises:
         MissingExtraError: ONNX is not installed.
+        TraceError: the exporter rejects the model.
     """
     require_onnx()
-    batch = tensors_of(example_inputs)[0].shape[0]
-    example_args, example_kwargs = as_call(example_inputs)
-    named = inspect.signature(model.forward).bind(*example_args, **example_kwargs).arguments
-    # One sample more than in the example: torch.export would take a batch of 1 for a constant.
-    args, kwargs = as_call(fresh_inputs(example_inputs))
+    args, kwargs = as_call(example_inputs)
+    named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    batch = batch_size_of(example_inputs)
+    shapes = map_tensors(dict(named), lambda tensor: _free_batch(tensor, batch))
+    # torch.export would take a batch of 1 for a constant.
+    args, kwargs = with_batch_size(example_inputs, max(batch, 2))
     with evaluating(model), replacing_file(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the exporter about itself
-        torch.onnx.export(
-            model,
-            args,
-            temporary,
-            kwargs=kwargs,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            dynamic_shapes=map_tensors(dict(named), lambda tensor: _free_batch(tensor, batch)),
-        )
+        try:
+            torch.onnx.export(
+                model,
+                args,
+                temporary,
+                kwargs=kwargs,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                dynamic_shapes=shapes,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise TraceError(
+                f"torch.onnx.export cannot follow it: {str(error.__cause__ or error).splitlines()[0]}",
+                where=type(model).__name__,
+                remedy="Leave the export out, or change what torch.export rejects.",
+            ) from error
     return Path(path)
 
 
 def check_onnx(
     path: str | os.PathLike[str], model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-4
 ) -> float:
-    """Run an ONNX file in ONNX Runtime, on fresh inputs at a batch size of its own, beside the model.
+    """Run an ONNX file in ONNX Runtime beside the model, at another batch size than the example's.
 
     Args:
         path: what `export_onnx` wrote.
@@ -89,14 +100,13 @@ def check_onnx(
     require_onnx()
     import onnxruntime  # here, because the package is optional
 
-    inputs = fresh_inputs(example_inputs, extra=3, seed=1)
-    args, kwargs = as_call(inputs)
+    args, kwargs = with_batch_size(example_inputs, batch_size_of(example_inputs) + 2)
     session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
     feed = {name: tensor for name, tensor in kwargs.items() if isinstance(tensor, Tensor)}
     feed |= dict(zip((name for name in names if name not in kwargs), tensors_of(args), strict=False))
     results = session.run(None, {name: feed[name].cpu().numpy() for name in names})
-    expected = [tensor.cpu() for tensor in outputs_of(model, inputs)]
+    expected = [tensor.cpu() for tensor in outputs_of(model, kwargs if kwargs else args)]
     error = relative_error([torch.from_numpy(result) for result in results], expected)
     if not error <= tolerance:
         raise VerificationError(

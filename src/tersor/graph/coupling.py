@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import EmptyLayerError, TraceError
+from tersor.graph.inputs import named_tensors
 from tersor.graph.labels import Axis
 from tersor.graph.propagate import ModuleOutput, propagate
 
@@ -199,7 +200,7 @@ class Coupling:
                     kept.setdefault(name, {})[axis.dim] = torch.from_numpy(vector)
         return kept
 
-    def complete(self, masks: Masks) -> dict[str, dict[str, tuple[Tensor, ...]]]:
+    def complete(self, masks: Masks, removed: np.ndarray | None = None) -> dict[str, dict[str, tuple[Tensor, ...]]]:
         """Masks carried over to everything that leaves with what they remove: biases, norms, consumers.
 
         With completed masks the masked model computes exactly what the small model will: whatever value a removed
@@ -207,13 +208,16 @@ class Coupling:
 
         Args:
             masks: bool masks of parameters, of the parameter's shape or broadcastable to it.
+            removed: what :meth:`removed` said of them, where it was asked already.
 
         Returns:
             for each target its mask as factors: bool tensors that broadcast against the target and whose product is
             the mask. What is carried over is one vector a dimension and takes next to no memory.
         """
-        complete = {module: {target: (mask,) for target, mask in targets.items()} for module, targets in masks.items()}
-        removed = self.removed(masks)
+        complete: dict[str, dict[str, tuple[Tensor, ...]]] = {
+            module: {target: (mask,) for target, mask in targets.items()} for module, targets in masks.items()
+        }
+        removed = self.removed(masks) if removed is None else removed
         for axis in self.axes:
             vector = ~removed[self.classes[axis.span]]
             if vector.all() or not axis.is_parameter:
@@ -251,7 +255,7 @@ def coupling_of(model: nn.Module, example_inputs: Any) -> Coupling:
     """
     if not isinstance(example_inputs, Coupling):
         return Coupling(model, example_inputs)
-    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    tensors = named_tensors(model)
     for axis in example_inputs.axes:
         if axis.name not in tensors or tensors[axis.name].shape[axis.dim] != axis.size:
             raise TraceError(

@@ -68,8 +68,19 @@ def tensors_of(value: Any) -> list[Tensor]:
     return []
 
 
-def fresh_inputs(example_inputs: Any, *, extra: int = 1, batch_dim: int = 0, seed: int = 0) -> Any:
-    """New inputs of the same kind as the example, at a batch size that is larger by ``extra``.
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by qualified name, tied ones under each name."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in modules
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None
+    }
+
+
+def fresh_inputs(example_inputs: Any, *, batch_dim: int = 0, seed: int = 0) -> Any:
+    """New inputs of the same kind as the example, at another batch size: one sample, or two if the example has one.
 
     Floating tensors are drawn from a normal distribution with the example's mean and standard deviation; integer and
     boolean tensors (token ids, masks) repeat the example's own rows in another order, so that they stay legal.
@@ -77,12 +88,11 @@ def fresh_inputs(example_inputs: Any, *, extra: int = 1, batch_dim: int = 0, see
 
     Args:
         example_inputs: as for :func:`as_call`.
-        extra: how many samples are added to the batch.
         batch_dim: the dimension that holds the batch.
         seed: of the draws; the global random state is not used.
 
-    >>> fresh_inputs(torch.zeros(2, 3)).shape
-    torch.Size([3, 3])
+    >>> fresh_inputs(torch.zeros(8, 3)).shape, fresh_inputs(torch.zeros(1, 3)).shape
+    (torch.Size([1, 3]), torch.Size([2, 3]))
     """
     batched = [tensor for tensor in tensors_of(example_inputs) if tensor.dim() > batch_dim]
     batch = batched[0].shape[batch_dim] if batched else 0
@@ -92,7 +102,7 @@ def fresh_inputs(example_inputs: Any, *, extra: int = 1, batch_dim: int = 0, see
         is_batched = tensor.dim() > batch_dim and tensor.shape[batch_dim] == batch
         shape = list(tensor.shape)
         if is_batched:
-            shape[batch_dim] += extra
+            shape[batch_dim] = 1 if batch > 1 else 2
         if tensor.is_floating_point():
             spread = tensor.float().std() if tensor.numel() > 1 else torch.tensor(0.0)
             noise = torch.randn(shape, generator=generator) * (spread.cpu() or 1.0) + tensor.float().mean().cpu()
@@ -108,17 +118,18 @@ def fresh_inputs(example_inputs: Any, *, extra: int = 1, batch_dim: int = 0, see
 @contextmanager
 def evaluating(model: nn.Module) -> Any:
     """Eval mode without gradients and without fused attention fast paths; every module's flag is restored."""
-    flags = {module: module.training for module in model.modules()}
+    training = [module for module in model.modules() if module.training]
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
+    for module in training:
+        module.training = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, training in flags.items():
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def run(model: nn.Module, example_inputs: Any) -> Any:

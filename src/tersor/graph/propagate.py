@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tersor.graph import contractions, movement, reductions
-from tersor.graph.inputs import evaluating, run, tensors_of
+from tersor.graph.inputs import evaluating, named_tensors, run, tensors_of
 from tersor.graph.labels import Ledger
 from tersor.graph.rules import Call, Labels, base_name, find_rule
 
@@ -139,7 +139,10 @@ def propagate(model: nn.Module, example_inputs: Any) -> Propagation:
     """
     ledger = Ledger()
     follower = _Follower(ledger)
-    for tensor, names in _named_tensors(model).items():
+    owners: dict[Tensor, list[str]] = {}
+    for name, tensor in named_tensors(model).items():
+        owners.setdefault(tensor, []).append(name)
+    for tensor, names in owners.items():
         labels = {
             dim: ledger.add_axis(tuple(names), tensor, dim) for dim in range(tensor.dim()) if tensor.shape[dim] > 1
         }
@@ -147,10 +150,10 @@ def propagate(model: nn.Module, example_inputs: Any) -> Propagation:
     for tensor in tensors_of(example_inputs):
         follower.set(tensor, {}, is_activation=True)
     outputs: list[ModuleOutput] = []
-    names = {module: name for name, module in model.named_modules()}
+    module_names = {module: name for name, module in model.named_modules()}
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
-        name = names.get(module, "")
+        name = module_names.get(module, "")
         outputs.extend(ModuleOutput(name, dict(follower.get(tensor))) for tensor in tensors_of(output))
 
     hook = register_module_forward_hook(record)
@@ -163,12 +166,3 @@ def propagate(model: nn.Module, example_inputs: Any) -> Propagation:
         for vector in follower.get(tensor).values():
             ledger.freeze(vector, "is the model's own output")
     return Propagation(ledger, tuple(outputs), dict(follower.unknown))
-
-
-def _named_tensors(model: nn.Module) -> dict[Tensor, list[str]]:
-    """Each parameter and buffer once, with every name it has."""
-    named: dict[Tensor, list[str]] = {}
-    for source in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in source:
-            named.setdefault(tensor, []).append(name)
-    return named

@@ -36,9 +36,8 @@ def align(targets: Sequence[PlannedTarget], masks: dict[str, dict[str, Tensor]],
             module, source = _source(target, spec)
             mask = masks.get(module, {}).get(source)
             if mask is not None:
-                full = mask.bool().expand(shape_of(module, source) or mask.shape)
-                shape = shape_of(target.config.module_name, target.config.target_name)
-                mine = _fit(reduce_to(full, spec.dims, name), shape, target)
+                lives = reduce_to(mask, spec.dims, shape_of(module, source) or mask.shape, name)
+                mine = _fit(lives, shape_of(target.config.module_name, target.config.target_name), target)
                 masks.setdefault(target.config.module_name, {})[target.config.target_name] = mine
 
 
@@ -50,8 +49,14 @@ def _source(target: PlannedTarget, spec: Align) -> tuple[str, str]:
     return (target.config.module_name if spec.module_name is None else spec.module_name), spec.target_name
 
 
-def reduce_to(mask: Tensor, dims: Sequence[int], where: str = "") -> Tensor:
+def reduce_to(mask: Tensor, dims: Sequence[int], shape: Sequence[int], where: str = "") -> Tensor:
     """What lives along some dimensions of a mask: an index dies when everything at it is masked.
+
+    Args:
+        mask: bool, broadcastable to ``shape``.
+        dims: the dimensions to keep.
+        shape: of the target that the mask belongs to.
+        where: what errors name.
 
     Returns:
         bool, one dimension for each of ``dims``, in their order.
@@ -59,15 +64,15 @@ def reduce_to(mask: Tensor, dims: Sequence[int], where: str = "") -> Tensor:
     Raises:
         MaskError: the mask has no such dimension.
 
-    >>> reduce_to(torch.tensor([[True, False], [False, False]]), [0])
+    >>> reduce_to(torch.tensor([[True, False], [False, False]]), [0], (2, 2))
     tensor([ True, False])
     """
     if any(dim >= mask.dim() for dim in dims):
-        raise MaskError(f"a mask of shape {tuple(mask.shape)} has no dimensions {tuple(dims)}", where=where)
+        raise MaskError(f"a mask of shape {tuple(shape)} has no dimensions {tuple(dims)}", where=where)
     others = [dim for dim in range(mask.dim()) if dim not in dims]
     lives = mask.any(dim=others) if others else mask
     ordered = sorted(dims)
-    return lives.permute([ordered.index(dim) for dim in dims])
+    return lives.expand([shape[dim] for dim in ordered]).permute([ordered.index(dim) for dim in dims])
 
 
 def _fit(lives: Tensor, shape: torch.Size | None, target: PlannedTarget) -> Tensor:

@@ -1,7 +1,9 @@
 """A recipe: one YAML file from a trained model to a smaller one that is measured, saved and exported."""
 
 from tersor.recipe.imports import import_object as import_object
+from tersor.recipe.prepare import Data as Data
 from tersor.recipe.prepare import Prepared as Prepared
+from tersor.recipe.prepare import build_data as build_data
 from tersor.recipe.prepare import build_model as build_model
 from tersor.recipe.prepare import prepare as prepare
 from tersor.recipe.run import RunResult as RunResult

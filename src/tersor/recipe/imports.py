@@ -76,16 +76,15 @@ def named_object(name: str, home: ModuleType, base: type, where: str) -> Callabl
     """
     if ":" in name:
         return import_object(name, where)
-    found = getattr(home, name, None)
-    if base is object and callable(found):
-        return found
-    if isinstance(found, type) and issubclass(found, base) and found is not base:
-        return found
-    known = [
-        key
+    known = {
+        key: value
         for key, value in vars(home).items()
-        if not key.startswith("_") and (base is object or (isinstance(value, type) and issubclass(value, base)))
-    ]
+        if not key.startswith("_")
+        and (callable(value) if base is object else isinstance(value, type) and issubclass(value, base))
+        and value is not base
+    }
+    if name in known:
+        return known[name]
     raise InvalidValueError(
         f"{name!r} is not known here.",
         where=where,

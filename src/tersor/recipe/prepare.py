@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,13 @@ from tersor.checkpoint import load
 from tersor.errors import ConfigError, InvalidValueError
 from tersor.pruning import Pruner
 from tersor.recipe.imports import import_object, named_object
-from tersor.recipe.spec import FineTuning, ModelSource, Recipe
+from tersor.recipe.spec import FineTuning, Recipe
 from tersor.targets.dependency import auto_set_dependency_group_ids
 from tersor.training import TorchEvaluator
 from tersor.training.batches import to_device
+from tersor.training.loops import LoaderLoop
+
+MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,23 @@ class Prepared:
     config_list: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Data:
+    """What the data function of a recipe returned, checked.
+
+    Attributes:
+        train: batches to train on.
+        test: batches to evaluate on, or None.
+        metric: ``metric(outputs, targets)``, or None for the accuracy.
+        example_inputs: what the model can be run on; the inputs of the first batch where none were given.
+    """
+
+    train: Iterable[Any]
+    test: Iterable[Any] | None
+    metric: Callable[..., float] | None
+    example_inputs: Any
+
+
 def prepare(recipe: Recipe, *, progress: bool = True) -> Prepared:
     """Build everything that the recipe names; nothing is trained or pruned yet.
 
@@ -56,43 +76,67 @@ def prepare(recipe: Recipe, *, progress: bool = True) -> Prepared:
     """
     device = torch.device(recipe.device)
     pruner: Any = named_object(recipe.pruning.pruner, tersor.pruning, Pruner, "recipe['pruning']['pruner']")
-    original = build_model(recipe.model, "recipe['model']").to(device)
+    original = build_model(recipe.model.build, recipe.model.checkpoint, "recipe['model']").to(device)
     model = copy.deepcopy(original)
-    data = import_object(recipe.data, "recipe['data']")()
-    train, test = (_loader(data, name) for name in ("train", "test"))
+    data = build_data(recipe.data, "recipe['data']")
     evaluator = TorchEvaluator.from_loader(
-        train,
+        data.train,
         _loss(recipe.fine_tuning),
         make_optimizer(recipe.fine_tuning, model),
-        eval_loader=test,
-        metric=getattr(data, "metric", None),
+        eval_loader=data.test,
+        metric=data.metric,
         progress=progress,
     )
-    example_inputs = getattr(data, "example_input", None)
-    example_inputs = to_device(evaluator.dummy_input if example_inputs is None else example_inputs, device)
+    example_inputs = to_device(data.example_inputs, device)
     config_list = [entry.as_config() for entry in recipe.pruning.config_list]
     if recipe.pruning.dependency_groups:
         config_list = auto_set_dependency_group_ids(model, config_list, example_inputs)
     return Prepared(original, model, pruner, evaluator, example_inputs, config_list)
 
 
-def build_model(source: ModelSource, where: str) -> nn.Module:
-    """Call the function that a recipe names, and load the checkpoint if there is one.
+def build_model(path: str, checkpoint: str | None = None, where: str = "") -> nn.Module:
+    """Call the function that builds a model, and load a checkpoint into it if there is one.
 
     Args:
-        source: the function, and maybe a checkpoint.
-        where: the place, for errors.
+        path: import path of the function.
+        checkpoint: a folder that `tersor.save` wrote, or None.
+        where: the place of the path, for errors.
 
     Raises:
         ConfigError: the function cannot be imported, or returns no module.
         CheckpointError: the checkpoint does not fit.
+
+    >>> build_model("torch.nn:ReLU")
+    ReLU()
     """
-    model = import_object(source.build, where)()
+    model = import_object(path, where)()
     if not isinstance(model, nn.Module):
+        raise ConfigError(f"{path!r} returned {type(model).__name__}", where=where, legal=["a torch.nn.Module"])
+    return model if checkpoint is None else load(model, checkpoint)
+
+
+def build_data(path: str, where: str) -> Data:
+    """Call the function that gives a recipe its data.
+
+    Args:
+        path: import path of the function.
+        where: the place, for errors.
+
+    Raises:
+        ConfigError: the function cannot be imported, or what it returns has no loaders.
+    """
+    found = import_object(path, where)()
+    train, test = (getattr(found, name, MISSING) for name in ("train", "test"))
+    if not isinstance(train, Iterable) or not (test is None or isinstance(test, Iterable)):
         raise ConfigError(
-            f"{source.build!r} returned {type(model).__name__}.", where=where, legal=["a torch.nn.Module"]
+            f"{path!r} returned {type(found).__name__} without a data loader train or test.",
+            where=where,
+            legal=["an object with .train and .test, data loaders of (inputs, targets); .test may be None"],
         )
-    return model if source.checkpoint is None else load(model, source.checkpoint)
+    example_inputs = getattr(found, "example_input", None)
+    if example_inputs is None:
+        example_inputs = LoaderLoop(train, None, device=None, scheduler_interval="epoch").first_inputs()
+    return Data(train, test, getattr(found, "metric", None), example_inputs)
 
 
 def make_optimizer(tuning: FineTuning, model: nn.Module) -> torch.optim.Optimizer:
@@ -119,14 +163,3 @@ def _loss(tuning: FineTuning) -> Any:
     if tuning.loss is None:
         return None
     return named_object(tuning.loss, torch.nn.functional, object, "recipe['fine_tuning']['loss']")
-
-
-def _loader(data: Any, name: str) -> Any:
-    loader = getattr(data, name, None)
-    if not (isinstance(loader, Iterable) or (loader is None and name == "test" and hasattr(data, name))):
-        raise ConfigError(
-            f"the {type(data).__name__} that was returned has no data loader {name!r}.",
-            where="recipe['data']",
-            legal=["an object with .train and .test, data loaders of (inputs, targets); .test may be None"],
-        )
-    return loader

@@ -34,8 +34,8 @@ def _part(cls: type[PartT]) -> BeforeValidator:
     return BeforeValidator(parse)
 
 
-def _optional(check: Callable[[Any], Any]) -> PlainValidator:
-    return PlainValidator(lambda value: None if value is None else check(value))
+def _optional(check: Callable[[Any], Any]) -> BeforeValidator:
+    return BeforeValidator(lambda value: None if value is None else check(value))
 
 
 def _text(value: object) -> str:

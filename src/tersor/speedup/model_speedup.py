@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tersor.errors import MaskError, TraceError, WrapError, nearest
 from tersor.graph.coupling import Coupling, Masks, coupling_of
-from tersor.graph.inputs import fresh_inputs
-from tersor.speedup.slicing import Snapshot, bake, cut, named_tensors
+from tersor.graph.inputs import fresh_inputs, named_tensors
+from tersor.speedup.slicing import Snapshot, bake, cut
 from tersor.speedup.verify import divergence_error, first_divergence, module_outputs, outputs_of, relative_error
 from tersor.storage import load_masks
 from tersor.wrapping import is_wrapped
@@ -113,17 +113,18 @@ class ModelSpeedup:
         """
         coupling = coupling_of(self.model, self.dummy_input)
         removed = coupling.removed(self.masks)
-        masks, kept = coupling.complete(self.masks), coupling.kept(removed)
+        masks, kept = coupling.complete(self.masks, removed), coupling.kept(removed)
+        tensors = named_tensors(self.model)
         inputs = fresh_inputs(coupling.example_inputs, batch_dim=self.batch_dim) if self.verify else None
         with Snapshot(self.model) as snapshot:
-            bake(self.model, masks)
+            bake(tensors, masks)
             expected = outputs_of(self.model, inputs) if self.verify else []
-            shapes = cut(self.model, kept)
+            shapes = cut(self.model, tensors, kept)
             error = self._error(inputs, expected) if self.verify else None
             if error is not None and error > self.tolerance:
                 small, cause = module_outputs(self.model, inputs)
                 snapshot.restore()
-                bake(self.model, masks)
+                bake(tensors, masks)
                 masked, _ = module_outputs(self.model, inputs)
                 where = first_divergence(coupling, removed, masked, small, self.tolerance)
                 raise divergence_error(where, cause or f"relative error {error:.2g} of the outputs")

@@ -7,14 +7,10 @@ from types import TracebackType
 
 from torch import Tensor, nn
 
+from tersor.graph.inputs import named_tensors
 from tersor.speedup.resize import size_attributes, update_sizes
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
-
-
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by qualified name, tied ones under each name."""
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
 
 class Snapshot:
@@ -47,36 +43,35 @@ class Snapshot:
             self.restore()
 
 
-def bake(model: nn.Module, masks: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> None:
+def bake(tensors: Mapping[str, Tensor], masks: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> None:
     """Make masked values zero.
 
     Args:
-        model: its parameters get new data.
+        tensors: a model's parameters and buffers by qualified name; they get new data.
         masks: for each target its mask as factors. A tied parameter is masked under each of its names.
     """
-    tensors = named_tensors(model)
     for module, targets in masks.items():
         for target, factors in targets.items():
             tensor = tensors[f"{module}.{target}" if module else target]
-            values = tensor.data
-            for factor in factors:
-                values = values * factor.to(values.device)
+            values = tensor.data * factors[0].to(tensor.device)
+            for factor in factors[1:]:
+                values *= factor.to(values.device)
             tensor.data = values
 
 
-def cut(model: nn.Module, kept: Mapping[str, Mapping[int, Tensor]]) -> Shapes:
+def cut(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Tensor]]) -> Shapes:
     """Keep only the given indices of each named tensor, and let the modules' own sizes follow.
 
     A parameter stays the same object, with its flags and hooks; its gradient is cut alike.
 
     Args:
         model: changed in place.
+        tensors: its parameters and buffers by qualified name.
         kept: qualified name to dimension to bool vector, True keeps.
 
     Returns:
         the shape of each tensor that was cut, before and after.
     """
-    tensors = named_tensors(model)
     shapes: Shapes = {}
     done: set[Tensor] = set()
     for name, dims in kept.items():

@@ -47,7 +47,6 @@ class TargetStack(nn.Module):
         super().__init__()
         self.target = target
         self.shape: torch.Size | None = None
-        self.transforms = nn.ModuleList()
 
     def add(self, transform: Transform) -> None:
         """Put a transform at its stage.
@@ -61,19 +60,19 @@ class TargetStack(nn.Module):
                 where=self.target,
                 remedy="Give each target to one compressor of a kind; exclude it from the other's config list.",
             )
-        self.transforms = nn.ModuleList(sorted([*self._ordered(), transform], key=lambda item: item.stage))
+        self.add_module(transform.stage.name.lower(), transform)
 
     def find(self, stage: Stage) -> Transform | None:
         """The transform at a stage, or None."""
-        return next((item for item in self._ordered() if item.stage is stage), None)
-
-    def _ordered(self) -> list[Transform]:
-        return [item for item in self.transforms if isinstance(item, Transform)]
+        transform = self._modules.get(stage.name.lower())
+        return transform if isinstance(transform, Transform) else None
 
     def forward(self, value: Tensor) -> Tensor:
         """The value after all transforms."""
-        for transform in self.transforms:
-            value = transform(value)
+        for stage in Stage:
+            transform = self.find(stage)
+            if transform is not None:
+                value = transform(value)
         return value
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from tersor.errors import UnmatchedError, WrapError, nearest
 from tersor.wrapping.stack import TargetStack
 
-INPUT, OUTPUT = "_input_", "_output_"
+INPUT, OUTPUT, WEIGHTS = "_input_", "_output_", "weights"
 
 
 class Wrapper:
@@ -30,7 +31,7 @@ class Wrapper:
         self.module = module
         self.stacks: dict[str, TargetStack] = {}
         self.attached = True
-        self._handles: list[Any] = []
+        self._handles: dict[str, RemovableHandle] = {}
         self._order = [*module._parameters, *module._buffers]
 
     def stack(self, target: str) -> TargetStack:
@@ -44,8 +45,7 @@ class Wrapper:
                 self.tensor(target)
             self.stacks[target] = TargetStack(f"{self.name}.{target}" if self.name else target)
             if self.attached:
-                self._detach_all()
-                self._attach_all()
+                self._attach(target)
         return self.stacks[target]
 
     def tensor(self, target: str) -> Tensor:
@@ -97,22 +97,34 @@ class Wrapper:
         return [(name, stack) for name, stack in self.stacks.items() if not name.startswith((INPUT, OUTPUT))]
 
     def _attach_all(self) -> None:
-        for target, stack in self._parameter_stacks():
+        for target in self.stacks:
+            self._attach(target)
+
+    def _attach(self, target: str) -> None:
+        """Put one stack in place. Hooks are made anew for all inputs or outputs together."""
+        stack = self.stacks[target]
+        if not target.startswith((INPUT, OUTPUT)):
             stack.to(self.tensor(target).device)
             parametrize.register_parametrization(self.module, target, stack, unsafe=True)
-        inputs = {name: stack for name, stack in self.stacks.items() if name.startswith(INPUT)}
-        outputs = {name: stack for name, stack in self.stacks.items() if name.startswith(OUTPUT)}
-        if inputs:
-            hook = _InputHook({name.removeprefix(INPUT): stack for name, stack in inputs.items()})
-            self._handles.append(self.module.register_forward_pre_hook(hook, with_kwargs=True))
-        if outputs:
-            hook = _OutputHook({name.removeprefix(OUTPUT): stack for name, stack in outputs.items()})
-            self._handles.append(self.module.register_forward_hook(hook))
-        if isinstance(self.module, nn.RNNBase):
-            self._handles.append(self.module.register_forward_pre_hook(refresh_flat_weights))
+            if isinstance(self.module, nn.RNNBase):
+                self._hook(WEIGHTS, self.module.register_forward_pre_hook(refresh_flat_weights))
+        elif target.startswith(INPUT):
+            hook = _InputHook(self._activation_stacks(INPUT))
+            self._hook(INPUT, self.module.register_forward_pre_hook(hook, with_kwargs=True))
+        else:
+            self._hook(OUTPUT, self.module.register_forward_hook(_OutputHook(self._activation_stacks(OUTPUT))))
+
+    def _hook(self, kind: str, handle: RemovableHandle) -> None:
+        """Keep one hook of a kind."""
+        if kind in self._handles:
+            self._handles[kind].remove()
+        self._handles[kind] = handle
+
+    def _activation_stacks(self, kind: str) -> dict[str, TargetStack]:
+        return {name.removeprefix(kind): stack for name, stack in self.stacks.items() if name.startswith(kind)}
 
     def _detach_all(self) -> None:
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
         for target, stack in self._parameter_stacks():

@@ -1,0 +1,50 @@
+"""The README's example does what it says."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import tersor
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(6, 20, 3, padding=1)
+        self.conv2 = nn.Conv2d(20, 10, 3, padding=1)
+        self.shortcut = nn.Conv2d(6, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.conv2(torch.relu(self.conv1(x)))
+
+
+class Network(nn.Module):
+    """The names that the example uses, on images of 224 x 224."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 16, stride=16)
+        self.layer4 = nn.Sequential(Block())
+        self.fc = nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer4(self.conv1(x)).mean((2, 3)))
+
+
+def test_example_runs(tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    trained = []
+    scope = {"build_model": Network, "train": trained.append}
+    exec(code, scope)
+    small = scope["model"]
+    block = small.layer4[0]
+    assert (small.conv1.out_channels, block.conv1.out_channels) == (6, 6)  # nothing of 6, 70 % of 20
+    assert block.conv2.out_channels == block.shortcut.out_channels == small.fc.in_features == 3
+    assert len(trained) == 1
+    assert "layer4.0.conv1" in capsys.readouterr().out
+    assert isinstance(tersor.load(Network, tmp_path / "small"), Network)
