@@ -31,6 +31,7 @@ def no_leaks() -> Iterator[None]:
     Hooks and parametrizations are noted as they are made. So they count wherever their module lives, deep in a model or
     already out of reach, and a block that makes none costs nothing.
     """
+    __tracebackhide__ = True  # a reader of the failure wants to know what was left, not how it was found
     hooks: list[tuple[dict[int, object], int]] = []
     parametrized: list[tuple[nn.Module, str]] = []
     inject_property = parametrize._inject_property

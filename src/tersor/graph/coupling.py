@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tersor.errors import EmptyLayerError, TraceError
 from tersor.graph.inputs import named_tensors
 from tersor.graph.labels import Axis
-from tersor.graph.propagate import ModuleOutput, propagate
+from tersor.graph.propagate import propagate
 
 Masks = Mapping[str, Mapping[str, Tensor]]
 """``{module name: {target name: bool tensor}}``, 1 keeps."""
@@ -71,7 +71,6 @@ class Coupling:
         reasons: why a class is frozen.
         written: labels that a contraction computes.
         read: labels that a contraction sums over.
-        outputs: labels of what each module call returned.
         unknown: operators without a rule that touched labels.
     """
 
@@ -80,7 +79,6 @@ class Coupling:
         self.example_inputs = example_inputs
         self.axes: tuple[Axis, ...] = tuple(propagation.ledger.axes)
         self.classes, self.reasons, self.written, self.read = propagation.ledger.solve()
-        self.outputs: tuple[ModuleOutput, ...] = propagation.outputs
         self.unknown: Mapping[str, int] = propagation.unknown
         self._by_place = {(name, axis.dim): axis for axis in self.axes for name in axis.names}
 
@@ -163,14 +161,15 @@ class Coupling:
         masked = self.masked(masks)
         leaves = self._cut_by(self.written, masked) | self._cut_by(self.read, masked)
         leaves &= ~self.frozen
-        # An axis that the user masked is named rather than one that only follows it.
-        for axis in sorted(self.axes, key=lambda axis: not (masked & self.written)[axis.span].any()):
-            if leaves[self.classes[axis.span]].all():
-                raise EmptyLayerError(
-                    f"the masks remove all {axis.size} indices of dimension {axis.dim}",
-                    where=axis.name,
-                    remedy="Lower sparse_ratio, or set max_sparse_ratio below 1 for this layer.",
-                )
+        emptied = [axis for axis in self.axes if leaves[self.classes[axis.span]].all()]
+        if emptied:
+            # An axis that the user masked is named rather than one that only follows it.
+            axis = next((axis for axis in emptied if (masked & self.written)[axis.span].any()), emptied[0])
+            raise EmptyLayerError(
+                f"the masks remove all {axis.size} indices of dimension {axis.dim}",
+                where=axis.name,
+                remedy="Lower sparse_ratio, or set max_sparse_ratio below 1 for this layer.",
+            )
         return leaves
 
     def masked(self, masks: Masks) -> np.ndarray:

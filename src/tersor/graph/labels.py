@@ -7,6 +7,7 @@ by one vectorised connected-components pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,7 +55,7 @@ class Ledger:
 
     axes: list[Axis] = field(default_factory=list)
     count: int = 1
-    _joins: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _joins: list[tuple[Tensor, Tensor, str]] = field(default_factory=list)
     _frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     _written: list[Tensor] = field(default_factory=list)
     _read: list[Tensor] = field(default_factory=list)
@@ -69,20 +70,16 @@ class Ledger:
     def join(self, a: Tensor, b: Tensor, reason: str) -> None:
         """The indices of two label vectors of equal length agree, one by one.
 
-        Where one side is unknown, the other cannot leave: something that no parameter controls has full size there.
+        Where one side is unknown, the other cannot leave, for the given reason: something that no parameter controls
+        has full size there.
         """
-        if torch.equal(a, b):
-            return
-        self._joins.append((a, b))
-        for mine, other in ((a, b), (b, a)):
-            lost = mine[other == UNKNOWN]
-            if len(lost):
-                self.freeze(lost, reason)
+        if a is not b:
+            self._joins.append((a, b, reason))
 
     def tie_rows(self, rows: Tensor) -> None:
         """In each row of a label matrix, all indices live and die together."""
         for column in range(1, rows.shape[1]):
-            self._joins.append((rows[:, 0], rows[:, column]))
+            self._joins.append((rows[:, 0], rows[:, column], ""))
 
     def freeze(self, vector: Tensor, reason: str) -> None:
         """These indices stay."""
@@ -103,16 +100,24 @@ class Ledger:
             the class of each label (the least label in it), shape ``(count,)``; why a class is frozen (first reason);
             which labels are written and which are read by a contraction, boolean, shape ``(count,)``.
         """
-        pairs = [(a, b) for a, b in self._joins if len(a)]
-        a = torch.cat([a for a, _ in pairs]).numpy() if pairs else np.zeros(0, np.int64)
-        b = torch.cat([b for _, b in pairs]).numpy() if pairs else np.zeros(0, np.int64)
+        a = _concatenated([a for a, _, _ in self._joins])
+        b = _concatenated([b for _, b, _ in self._joins])
         known = (a != UNKNOWN) & (b != UNKNOWN)
         classes = connected_components(self.count, a[known], b[known])
         reasons: dict[int, str] = {UNKNOWN: "no parameter controls it"}
-        for vector, reason in self._frozen:
+        for vector, reason in [*self._frozen, *self._met_unknown(a, b, known)]:
             for frozen in np.unique(classes[vector.numpy()]).tolist():
                 reasons.setdefault(frozen, reason)
         return classes, reasons, self._flags(self._written), self._flags(self._read)
+
+    def _met_unknown(self, a: np.ndarray, b: np.ndarray, known: np.ndarray) -> Iterator[tuple[Tensor, str]]:
+        """Labels that were joined with an unknown index, and the reason of that join."""
+        ends = np.cumsum([len(pair[0]) for pair in self._joins])
+        places = np.flatnonzero(~known)
+        for number in np.unique(np.searchsorted(ends, places, side="right")).tolist():
+            inside = slice(int(ends[number]) - len(self._joins[number][0]), int(ends[number]))
+            labels = np.maximum(a[inside], b[inside])[~known[inside]]
+            yield torch.from_numpy(labels[labels != UNKNOWN]), self._joins[number][2]
 
     def _flags(self, vectors: list[Tensor]) -> np.ndarray:
         flags = np.zeros(self.count, dtype=bool)
@@ -120,6 +125,10 @@ class Ledger:
             flags[vector.numpy()] = True
         flags[UNKNOWN] = False
         return flags
+
+
+def _concatenated(vectors: list[Tensor]) -> np.ndarray:
+    return torch.cat(vectors).numpy() if vectors else np.zeros(0, np.int64)
 
 
 def connected_components(count: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:

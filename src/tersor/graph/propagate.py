@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,101 +25,95 @@ Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class ModuleOutput:
-    """The labels of one tensor that a module returned: what remains of it when labels leave.
-
-    Attributes:
-        module: the module's name.
-        labels: dimension to label vector.
-    """
-
-    module: str
-    labels: Labels
-
-
-@dataclass(frozen=True)
 class Propagation:
     """What one run of the model said.
 
     Attributes:
         ledger: all labels, joins and freezes.
-        outputs: for each module call in order, the labels of what it returned.
         unknown: operators without a rule that touched labels, with the number of calls.
+        outputs: where asked for: for each tensor that a module call returned, in order, the module's name and the
+            labels of the tensor, which say what remains of it when labels leave.
     """
 
     ledger: Ledger
-    outputs: tuple[ModuleOutput, ...]
     unknown: Mapping[str, int]
+    outputs: tuple[tuple[str, Labels], ...]
+
+
+class _Fact(NamedTuple):
+    """What is known of a tensor: its labels, and whether it depends on the model's input. Else it is a weight."""
+
+    labels: Labels
+    is_activation: bool
+
+
+NOTHING = _Fact({}, False)
 
 
 class _Follower(TorchDispatchMode):
     """Sees every ATen call with real tensors and keeps the labels of each tensor.
 
     A tensor is known by where its values lie (storage, offset, shape, strides), not by its Python object: autograd
-    makes new objects for views. Everything seen is kept alive until the end, so that no address is used twice.
+    makes new objects for views. A weak reference to each storage keeps its address from being used twice, but not its
+    values alive: the run takes no more memory than the model's own forward pass.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
         self.ledger = ledger
         self.unknown: Counter[str] = Counter()
-        self._labels: dict[Key, Labels] = {}
-        self._activations: set[Key] = set()
+        self._facts: dict[Key, _Fact] = {}
         self._views: dict[int, set[Key]] = {}
-        self._alive: list[Tensor] = []
+        self._storages: dict[int, StorageWeakRef] = {}
 
-    def set(self, tensor: Tensor, labels: Labels, *, is_activation: bool) -> None:
-        """Remember a tensor's labels, and whether it depends on the model's input."""
+    def learn(self, tensor: Tensor, labels: Labels, *, is_activation: bool) -> None:
+        """Remember what is known of a tensor."""
         key = _key(tensor)
-        self._labels[key] = labels
-        (self._activations.add if is_activation else self._activations.discard)(key)
+        self._facts[key] = _Fact(labels, is_activation)
         self._views.setdefault(key[0], set()).add(key)
-        self._alive.append(tensor)
+        if key[0] not in self._storages:
+            self._storages[key[0]] = StorageWeakRef(tensor.untyped_storage())
 
-    def get(self, tensor: Any) -> Labels:
-        """A tensor's labels; empty where nothing is known."""
-        return self._labels.get(_key(tensor), {}) if isinstance(tensor, Tensor) and self._labels else {}
-
-    def is_activation(self, tensor: Tensor) -> bool:
-        """Whether a tensor depends on the model's input; what does not is a weight, however it was reshaped."""
-        return _key(tensor) in self._activations
+    def fact(self, tensor: Tensor) -> _Fact:
+        """What is known of a tensor."""
+        return self._facts.get(_key(tensor), NOTHING)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         operands = tensors_of([args, kwargs])
-        is_activation = any(self.is_activation(tensor) for tensor in operands)
+        facts = [self.fact(tensor) for tensor in operands]
         result = func(*args, **kwargs)
         outputs = tensors_of(result)
-        touched = [tensor for tensor in operands if self.get(tensor)]
+        touched = [fact.labels for fact in facts if fact.labels]
         labels = self._apply(func, args, kwargs, result, touched) if touched else {}
         each = labels if isinstance(labels, list) else [labels] * len(outputs)
+        is_activation = any(fact.is_activation for fact in facts)
         for tensor, own in zip(outputs, each, strict=True):
-            self.set(tensor, own, is_activation=is_activation)
+            self.learn(tensor, own, is_activation=is_activation)
         return result
 
     def _apply(
-        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, touched: list[Tensor]
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, touched: list[Labels]
     ) -> Labels | list[Labels]:
         names = [argument.name for argument in func._schema.arguments]
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        call = Call(func, arguments, result, self.ledger, self.get, self.is_activation)
+        call = Call(func, arguments, result, self.ledger, self.fact)
         rule = find_rule(func)
-        overwrites = func._schema.is_mutable and self._has_other_views(args) and len(tensors_of(arguments)) > 1
+        overwrites = func._schema.is_mutable and len(tensors_of(arguments)) > 1 and self._has_other_views(args[0])
         if rule is not None and not overwrites:
             return rule(call)
         name = base_name(func)
         self.unknown[name] += 1
-        for tensor in touched:
-            call.freeze(
-                self.get(tensor), f"'{name}' writes into a view" if overwrites else f"meets '{name}', which has no rule"
-            )
+        reason = f"'{name}' writes into a view" if overwrites else f"meets '{name}', which has no rule"
+        for labels in touched:
+            call.freeze(labels, reason)
         return {}
 
-    def _has_other_views(self, args: Sequence[Any]) -> bool:
+    def _has_other_views(self, written: Tensor) -> bool:
         """Whether the tensor that is written in place is also seen in another shape."""
-        key = _key(args[0])
+        key = _key(written)
         return len(self._views.get(key[0], set()) - {key}) > 0
 
 
@@ -125,7 +121,7 @@ def _key(tensor: Tensor) -> Key:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 
-def propagate(model: nn.Module, example_inputs: Any) -> Propagation:
+def propagate(model: nn.Module, example_inputs: Any, *, record_outputs: bool = False) -> Propagation:
     """Run ``model`` once, in eval mode and without gradients, and follow the labels of all its parameters and buffers.
 
     The model is left as it was: no parameter, buffer, hook or train/eval flag changes.
@@ -133,6 +129,7 @@ def propagate(model: nn.Module, example_inputs: Any) -> Propagation:
     Args:
         model: any module.
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        record_outputs: also record the labels of what each module returns.
 
     Raises:
         TraceError: the model does not run on these inputs.
@@ -146,23 +143,23 @@ def propagate(model: nn.Module, example_inputs: Any) -> Propagation:
         labels = {
             dim: ledger.add_axis(tuple(names), tensor, dim) for dim in range(tensor.dim()) if tensor.shape[dim] > 1
         }
-        follower.set(tensor, labels, is_activation=False)
+        follower.learn(tensor, labels, is_activation=False)
     for tensor in tensors_of(example_inputs):
-        follower.set(tensor, {}, is_activation=True)
-    outputs: list[ModuleOutput] = []
-    module_names = {module: name for name, module in model.named_modules()}
+        follower.learn(tensor, {}, is_activation=True)
+    outputs: list[tuple[str, Labels]] = []
+    with ExitStack() as stack:
+        if record_outputs:
+            module_names = {module: name for name, module in model.named_modules()}
 
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        name = module_names.get(module, "")
-        outputs.extend(ModuleOutput(name, dict(follower.get(tensor))) for tensor in tensors_of(output))
+            def record(module: nn.Module, args: Any, output: Any) -> None:
+                name = module_names.get(module, "")
+                outputs.extend((name, dict(follower.fact(tensor).labels)) for tensor in tensors_of(output))
 
-    hook = register_module_forward_hook(record)
-    try:
-        with evaluating(model), follower:
-            result = run(model, example_inputs)
-    finally:
-        hook.remove()
+            stack.callback(register_module_forward_hook(record).remove)
+        stack.enter_context(evaluating(model))
+        stack.enter_context(follower)
+        result = run(model, example_inputs)
     for tensor in tensors_of(result):
-        for vector in follower.get(tensor).values():
+        for vector in follower.fact(tensor).labels.values():
             ledger.freeze(vector, "is the model's own output")
-    return Propagation(ledger, tuple(outputs), dict(follower.unknown))
+    return Propagation(ledger, dict(follower.unknown), tuple(outputs))

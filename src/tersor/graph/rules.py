@@ -34,13 +34,20 @@ class Call:
     arguments: dict[str, Any]
     result: Any
     ledger: Ledger
-    labels_of: Callable[[Any], Labels]
-    is_activation: Callable[[Tensor], bool]
+    fact: Callable[[Tensor], Any]
 
     def labels(self, argument: str) -> Labels:
         """Labels of a tensor argument; empty for None."""
         value = self.arguments.get(argument)
         return self.labels_of(value) if isinstance(value, Tensor) else {}
+
+    def labels_of(self, tensor: Tensor) -> Labels:
+        """Labels of an operand."""
+        return self.fact(tensor).labels
+
+    def is_activation(self, tensor: Tensor) -> bool:
+        """Whether an operand depends on the model's input; what does not is a weight, however it was reshaped."""
+        return self.fact(tensor).is_activation
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """Nothing in these labels may leave."""

@@ -126,7 +126,7 @@ class ModelSpeedup:
                 snapshot.restore()
                 bake(tensors, masks)
                 masked, _ = module_outputs(self.model, inputs)
-                where = first_divergence(coupling, removed, masked, small, self.tolerance)
+                where = first_divergence(self.model, coupling, removed, masked, small, self.tolerance)
                 raise divergence_error(where, cause or f"relative error {error:.2g} of the outputs")
         self.report = SpeedupReport(shapes, tuple(_left_alone(coupling, self.masks, removed)), error)
         return self.model

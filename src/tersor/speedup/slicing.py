@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tersor.graph.inputs import named_tensors
 from tersor.speedup.resize import size_attributes, update_sizes
+from tersor.wrapping.stack import multiply
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -53,10 +54,7 @@ def bake(tensors: Mapping[str, Tensor], masks: Mapping[str, Mapping[str, Sequenc
     for module, targets in masks.items():
         for target, factors in targets.items():
             tensor = tensors[f"{module}.{target}" if module else target]
-            values = tensor.data * factors[0].to(tensor.device)
-            for factor in factors[1:]:
-                values *= factor.to(values.device)
-            tensor.data = values
+            tensor.data = multiply(tensor.data, [factor.to(tensor.device) for factor in factors])
 
 
 def cut(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Tensor]]) -> Shapes:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tersor.errors import TraceError, VerificationError
 from tersor.graph.coupling import Coupling
 from tersor.graph.inputs import evaluating, run, tensors_of
+from tersor.graph.propagate import propagate
 
 ModuleOutputs = list[tuple[str, Tensor]]
 
@@ -69,12 +70,25 @@ def module_outputs(model: nn.Module, inputs: Any) -> tuple[ModuleOutputs, str]:
 
 
 def first_divergence(
-    coupling: Coupling, removed: np.ndarray, masked: ModuleOutputs, small: ModuleOutputs, tolerance: float
+    model: nn.Module,
+    coupling: Coupling,
+    removed: np.ndarray,
+    masked: ModuleOutputs,
+    small: ModuleOutputs,
+    tolerance: float,
 ) -> str:
-    """The first module whose output, without what was removed, differs; in words."""
-    for (name, labels), (_, expected), (_, actual) in zip(
-        [(output.module, output.labels) for output in coupling.outputs], masked, small, strict=False
-    ):
+    """The first module whose output, without what was removed, differs; in words.
+
+    Args:
+        model: at its full size, where its labels are read off once more.
+        coupling: of the model.
+        removed: the classes that leave.
+        masked: the outputs of the model's modules.
+        small: the outputs of the small model's modules, as far as it ran.
+        tolerance: the relative error that passes.
+    """
+    labelled = propagate(model, coupling.example_inputs, record_outputs=True).outputs
+    for (name, labels), (_, expected), (_, actual) in zip(labelled, masked, small, strict=False):
         for dim, vector in labels.items():
             kept = torch.from_numpy(np.flatnonzero(~removed[coupling.classes[vector.numpy()]]))
             if expected.dim() > dim and expected.shape[dim] == len(vector):

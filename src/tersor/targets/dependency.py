@@ -31,7 +31,7 @@ def auto_set_dependency_group_ids(model: nn.Module, config_list: ConfigList, dum
             :func:`tersor.graph.groups` found on this very model, which saves a run.
 
     Returns:
-        a config list that says the same and, behind it, one entry for each target that has a partner or a run.
+        a config list that says the same and, behind it, entries for the targets that have a partner or a run.
 
     Raises:
         ConfigError: the config list is wrong.
@@ -44,12 +44,11 @@ def auto_set_dependency_group_ids(model: nn.Module, config_list: ConfigList, dum
         classes = _output_classes(target, coupling)
         if classes is not None:
             sequences.setdefault(classes.tobytes(), []).append(target)
-    grouped = [
-        _entry(target, f"dependency_{number}" if len(targets) > 1 else None, _run_length(classes))
-        for number, (classes, targets) in enumerate(sequences.items())
-        for target in targets
-        if len(targets) > 1 or _run_length(classes) > 1
-    ]
+    grouped: list[dict[str, Any]] = []
+    for number, (classes, targets) in enumerate(sequences.items()):
+        run = _run_length(classes)
+        if len(targets) > 1 or run > 1:
+            grouped += _entries(targets, f"dependency_{number}" if len(targets) > 1 else None, run)
     given = read_config_file(config_list) if isinstance(config_list, (str, os.PathLike)) else config_list
     return [*given, *grouped]
 
@@ -73,11 +72,18 @@ def _run_length(classes: bytes) -> int:
     return int(lengths[0]) if len(lengths) > 1 and (lengths == lengths[0]).all() else 1
 
 
-def _entry(target: TargetConfig, group: str | None, run: int) -> dict[str, Any]:
-    """The target's own setting as an entry of its own, with the group."""
-    entry = {"op_names": [target.module_name], "target_names": [target.target_name], **target.spec.as_config()}
-    if group is not None:
-        entry["dependency_group_id"] = group
-    if run > 1:
-        entry["granularity"] = [[run], "back", -1]
-    return entry
+def _entries(targets: list[TargetConfig], group: str | None, run: int) -> list[dict[str, Any]]:
+    """The targets' own settings with the group, one entry for those that have the same."""
+    entries: list[dict[str, Any]] = []
+    for target in targets:
+        setting = {"target_names": [target.target_name], **target.spec.as_config()}
+        if group is not None:
+            setting["dependency_group_id"] = group
+        if run > 1:
+            setting["granularity"] = [[run], "back", -1]
+        same = next((entry for entry in entries if {**entry, "op_names": []} == {"op_names": [], **setting}), None)
+        if same is None:
+            same = {"op_names": [], **setting}
+            entries.append(same)
+        same["op_names"].append(target.module_name)
+    return entries

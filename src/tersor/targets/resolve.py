@@ -111,6 +111,7 @@ def _resolve_entry(entry: Entry, modules: Mapping[str, nn.Module]) -> list[Targe
     keys = {key: value for key, value in entry.settings.given().items() if value is not None}
     targets: list[TargetConfig] = []
     owned: set[str] = set()
+    specs: dict[tuple[type[nn.Module], str], TargetSpec] = {}
     for module_name, module in modules.items():
         setting = registry.of(module)
         if setting is None and not _names_targets(entry):
@@ -120,9 +121,12 @@ def _resolve_entry(entry: Entry, modules: Mapping[str, nn.Module]) -> list[Targe
         for target_name in _target_names(entry, module, setting or {}):
             defaults = (setting or {}).get(target_name, registry.generic).given()
             shorthand = {key: value for key, value in keys.items() if key in defaults}
-            own = entry.target_settings.get(target_name)
-            layers = (registry.generic.given(), defaults, shorthand, own.given() if own else {})
-            spec = SPECS[entry.mode].layered(*layers, where=entry.where)
+            place = type(module), target_name
+            if place not in specs:
+                own = entry.target_settings.get(target_name)
+                layers = (registry.generic.given(), defaults, shorthand, own.given() if own else {})
+                specs[place] = SPECS[entry.mode].layered(*layers, where=entry.where)
+            spec = specs[place]
             targets.append(TargetConfig(module_name, module, target_name, spec, entry.index, entry.where))
             owned.update(shorthand)
     _check_all_used(entry, modules, targets, set(keys) - owned)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import reduce
 from typing import ClassVar, Literal
 
 import torch
@@ -122,19 +123,29 @@ class Mask(Transform):
 
     def product(self, shape: Sequence[int] | None = None) -> Tensor:
         """The mask as one bool tensor: of the given shape, or as small as broadcasting allows."""
-        mask = torch.ones([1] * self.factors[0].dim(), dtype=torch.bool, device=self.factors[0].device)
-        for factor in self.factors:
-            mask = mask & factor
+        mask = reduce(torch.logical_and, self.factors)
         return mask if shape is None else mask.expand(tuple(shape))
 
     def forward(self, value: Tensor) -> Tensor:
         """The masked value, same shape and dtype."""
-        if self.method == "bypass":
-            return value
-        for factor in self.factors:
-            here = factor.to(value.device)  # model.to() does not reach a hook's masks
-            value = value * here if self.method == "mul" else torch.where(here, value, value + self.value)
+        factors = [factor.to(value.device) for factor in self.factors]  # model.to() does not reach a hook's masks
+        if self.method == "mul":
+            return multiply(value, factors)
+        for factor in factors if self.method == "add" else ():
+            value = torch.where(factor, value, value + self.value)
         return value
+
+
+def multiply(value: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """A value times all factors of its mask.
+
+    A kernel's factors are multiplied with each other first, where they are small; a matrix's would be as large as it.
+    """
+    if value.dim() > 2 and len(factors) > 1:
+        factors = [reduce(torch.logical_and, factors)]
+    for factor in factors:
+        value = value * factor
+    return value
 
 
 def check_shape(mask: Tensor, shape: Sequence[int], where: str) -> None:
@@ -188,6 +199,8 @@ def factorize(mask: Tensor) -> list[Tensor]:
     >>> [tuple(f.shape) for f in factorize(torch.tensor([[1, 0, 1], [0, 0, 0]], dtype=torch.bool))]
     [(2, 1), (1, 3)]
     """
+    if sum(size > 1 for size in mask.shape) <= 1:
+        return [] if bool(mask.all()) else [mask]
     factors: list[Tensor] = []
     for dim in range(mask.dim()):
         others = [other for other in range(mask.dim()) if other != dim]
