@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from tersor.errors import ConflictError, MaskError, UnmatchedError, WrapError
-from tersor.wrapping import Mask, ModelWrappers, TargetStack
+from tersor.wrapping import Mask, ModelWrappers, TargetStack, is_wrapped
 from tersor.wrapping.stack import factorize
 from tersor.wrapping.wrapper import replace_output
 from tests.networks import IMAGE, Plain
@@ -220,3 +220,13 @@ def test_errors():
     with pytest.raises(WrapError, match="from_compressor"):
         ModelWrappers(model)
     wrappers.detach()
+
+
+def test_a_wrapper_of_an_output_alone_is_seen():
+    model = Plain()
+    wrappers = ModelWrappers(model)
+    wrappers.mask("0", "_output_0")
+    with pytest.raises(WrapError, match="from_compressor"):
+        ModelWrappers(model)
+    wrappers.detach()
+    assert not is_wrapped(model)

@@ -161,7 +161,7 @@ class Coupling:
         masked = self.masked(masks)
         leaves = self._cut_by(self.written, masked) | self._cut_by(self.read, masked)
         leaves &= ~self.frozen
-        emptied = [axis for axis in self.axes if leaves[self.classes[axis.span]].all()]
+        emptied = [axis for axis, lost in self._losing(leaves) if lost == axis.size]
         if emptied:
             # An axis that the user masked is named rather than one that only follows it.
             axis = next((axis for axis in emptied if (masked & self.written)[axis.span].any()), emptied[0])
@@ -171,6 +171,14 @@ class Coupling:
                 remedy="Lower sparse_ratio, or set max_sparse_ratio below 1 for this layer.",
             )
         return leaves
+
+    def _losing(self, removed: np.ndarray) -> list[tuple[Axis, int]]:
+        """Axes that lose something, with the number of their indices that leave."""
+        if not self.axes:
+            return []
+        # Axes stand one after the other from label 1 on.
+        lost = np.add.reduceat(removed[self.classes].astype(np.int64), [axis.start for axis in self.axes])
+        return [(self.axes[number], int(lost[number])) for number in np.flatnonzero(lost)]
 
     def masked(self, masks: Masks) -> np.ndarray:
         """Which labels' slices of their tensors are masked in whole, boolean, indexed by label."""
@@ -192,11 +200,10 @@ class Coupling:
     def kept(self, removed: np.ndarray) -> dict[str, dict[int, Tensor]]:
         """For each tensor that loses something: dimension to bool vector, True keeps. Each tied name has an entry."""
         kept: dict[str, dict[int, Tensor]] = {}
-        for axis in self.axes:
-            vector = ~removed[self.classes[axis.span]]
-            if not vector.all():
-                for name in axis.names:
-                    kept.setdefault(name, {})[axis.dim] = torch.from_numpy(vector)
+        for axis, _ in self._losing(removed):
+            vector = torch.from_numpy(~removed[self.classes[axis.span]])
+            for name in axis.names:
+                kept.setdefault(name, {})[axis.dim] = vector
         return kept
 
     def complete(self, masks: Masks, removed: np.ndarray | None = None) -> dict[str, dict[str, tuple[Tensor, ...]]]:
@@ -217,10 +224,10 @@ class Coupling:
             module: {target: (mask,) for target, mask in targets.items()} for module, targets in masks.items()
         }
         removed = self.removed(masks) if removed is None else removed
-        for axis in self.axes:
-            vector = ~removed[self.classes[axis.span]]
-            if vector.all() or not axis.is_parameter:
+        for axis, _ in self._losing(removed):
+            if not axis.is_parameter:
                 continue
+            vector = ~removed[self.classes[axis.span]]
             shape = [1] * axis.rank
             shape[axis.dim] = axis.size
             factor = torch.from_numpy(vector).reshape(shape)

@@ -104,10 +104,11 @@ class Ledger:
         b = _concatenated([b for _, b, _ in self._joins])
         known = (a != UNKNOWN) & (b != UNKNOWN)
         classes = connected_components(self.count, a[known], b[known])
-        reasons: dict[int, str] = {UNKNOWN: "no parameter controls it"}
-        for vector, reason in [*self._frozen, *self._met_unknown(a, b, known)]:
-            for frozen in np.unique(classes[vector.numpy()]).tolist():
-                reasons.setdefault(frozen, reason)
+        frozen = [(torch.zeros(1, dtype=torch.int64), "no parameter controls it"), *self._frozen]
+        frozen += self._met_unknown(a, b, known)
+        owner = np.repeat(np.arange(len(frozen)), [len(vector) for vector, _ in frozen])
+        labels, first = np.unique(classes[_concatenated([vector for vector, _ in frozen])], return_index=True)
+        reasons = {label: frozen[owner[place]][1] for label, place in zip(labels.tolist(), first.tolist(), strict=True)}
         return classes, reasons, self._flags(self._written), self._flags(self._read)
 
     def _met_unknown(self, a: np.ndarray, b: np.ndarray, known: np.ndarray) -> Iterator[tuple[Tensor, str]]:
@@ -121,8 +122,7 @@ class Ledger:
 
     def _flags(self, vectors: list[Tensor]) -> np.ndarray:
         flags = np.zeros(self.count, dtype=bool)
-        for vector in vectors:
-            flags[vector.numpy()] = True
+        flags[_concatenated(vectors)] = True
         flags[UNKNOWN] = False
         return flags
 

@@ -104,7 +104,8 @@ class Wrapper:
         """Put one stack in place. Hooks are made anew for all inputs or outputs together."""
         stack = self.stacks[target]
         if not target.startswith((INPUT, OUTPUT)):
-            stack.to(self.tensor(target).device)
+            if next(stack.buffers(), None) is not None:
+                stack.to(self.tensor(target).device)
             parametrize.register_parametrization(self.module, target, stack, unsafe=True)
             if isinstance(self.module, nn.RNNBase):
                 self._hook(WEIGHTS, self.module.register_forward_pre_hook(refresh_flat_weights))
@@ -187,6 +188,10 @@ class _OutputHook:
         for key, stack in self.stacks.items():
             output = replace_output(output, key, lambda value, stack=stack: _simulated(value, stack))
         return output
+
+
+SIMULATION_HOOKS = (_InputHook, _OutputHook)
+"""What a wrapper hangs into a module's hooks, besides the refresher of recurrent weights."""
 
 
 def _simulated(value: Any, stack: TargetStack) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tersor.errors import UnmatchedError, WrapError, nearest
 from tersor.wrapping.stack import Mask, Stage, TargetStack, as_bool, check_shape
-from tersor.wrapping.wrapper import INPUT, OUTPUT, Wrapper
+from tersor.wrapping.wrapper import INPUT, OUTPUT, SIMULATION_HOOKS, Wrapper
 
 
 class ModelWrappers:
@@ -20,13 +20,11 @@ class ModelWrappers:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        for name, module in model.named_modules():
-            if isinstance(module, TargetStack):
-                raise WrapError(
-                    "the model is already wrapped by a compressor",
-                    where=name.split(".parametrizations")[0],
-                    remedy="Call unwrap_model() of the first compressor, or build the second with from_compressor().",
-                )
+        if is_wrapped(model):
+            raise WrapError(
+                "the model is already wrapped by a compressor",
+                remedy="Call unwrap_model() of the first compressor, or build the second with from_compressor().",
+            )
         self.model = model
         self.by_module: dict[str, Wrapper] = {}
         self._modules = dict(model.named_modules())
@@ -123,4 +121,9 @@ class ModelWrappers:
 
 def is_wrapped(model: nn.Module) -> bool:
     """Whether a compressor's simulation is in place anywhere in the model."""
-    return any(isinstance(module, TargetStack) for module in model.modules())
+    return any(
+        isinstance(module, TargetStack)
+        or any(isinstance(hook, SIMULATION_HOOKS) for hook in module._forward_hooks.values())
+        or any(isinstance(hook, SIMULATION_HOOKS) for hook in module._forward_pre_hooks.values())
+        for module in model.modules()
+    )
