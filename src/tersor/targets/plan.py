@@ -6,7 +6,6 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 from rich.table import Table
@@ -90,6 +89,7 @@ class Plan:
         targets: every target that the config list selects.
         skipped: modules with parameters that have none, with the reason.
         coupling: what depends on what; None without example inputs.
+        rows: the plan, a line for each target.
     """
 
     def __init__(
@@ -99,11 +99,8 @@ class Plan:
         self.targets = targets
         self.skipped = skipped
         self.coupling = coupling
-
-    @cached_property
-    def rows(self) -> tuple[PlanRow, ...]:
-        """The plan, a line for each target."""
-        return tuple(_row(self.mode, target) for target in self.targets)
+        # Rows are made now: once the model is wrapped, its modules' class names are parametrizations'.
+        self.rows = tuple(_row(mode, target) for target in targets)
 
     def table(self) -> Table:
         """The plan as a rich table; modules that are skipped stand below, with the reason."""
