@@ -22,7 +22,7 @@ class Compressor(ABC):
     """Base of all compressors.
 
     Making a compressor plans, checks and wraps the model; nothing changes in it until :meth:`compress`. A compressor
-    made by :meth:`from_compressor` works on the same wrappers, and one training run serves all of them.
+    made by :meth:`from_compressor` works on the same wrappers, and one training run, started from any, serves them all.
 
     A subclass implements what is its own: :meth:`on_start` (before training), :meth:`on_loss` and :meth:`on_step`
     (during), :meth:`on_finish` (after), and :meth:`result`.
@@ -59,11 +59,13 @@ class Compressor(ABC):
     ) -> None:
         self.model = model
         self.evaluator = evaluator or (previous.evaluator if previous else None)
-        if example_inputs is None:
-            example_inputs = previous.example_inputs if previous else evaluator.dummy_input if evaluator else None
+        if example_inputs is None and previous is not None:
+            example_inputs = previous.example_inputs
+        if example_inputs is None and self.evaluator is not None:
+            example_inputs = self.evaluator.dummy_input
         self.example_inputs = example_inputs.example_inputs if isinstance(example_inputs, Coupling) else example_inputs
         self.wrappers = previous.wrappers if previous else ModelWrappers(model)
-        self._chain: tuple[Compressor, ...] = (*(previous._chain if previous else ()), self)
+        self._chain: list[Compressor] = previous._chain if previous else []  # one list, shared by all that are fused
         with self.wrappers.detached():
             coupling = previous.plan.coupling if previous else None
             if coupling is None and example_inputs is not None:
@@ -71,6 +73,7 @@ class Compressor(ABC):
             self.plan = make_plan(model, config_list, self.mode, coupling, self.default_granularity)
         self._refuse_overlap()
         self._wrap_targets()
+        self._chain.append(self)
 
     @classmethod
     def from_compressor(
@@ -87,15 +90,15 @@ class Compressor(ABC):
             compressor: the one made before.
             config_list: what the new one does.
             *args: the algorithm's own arguments, as in its constructor after ``evaluator``.
-            evaluator: only where the first has none.
+            evaluator: only where the others have none.
             **kwargs: likewise by name.
 
         Raises:
             ConflictError: both have an evaluator, or both of one kind were given the same target.
         """
-        if evaluator is not None and compressor.evaluator is not None and evaluator is not compressor.evaluator:
+        if evaluator is not None and compressor._trainer not in (None, evaluator):
             raise ConflictError(
-                "the first compressor has an evaluator already",
+                "a compressor on this model has an evaluator already",
                 where="evaluator",
                 remedy="Leave it out here: one training run serves all fused compressors.",
             )
@@ -103,7 +106,7 @@ class Compressor(ABC):
 
     def _refuse_overlap(self) -> None:
         mine = {target.name for target in self.plan.targets}
-        for other in self._chain[:-1]:
+        for other in self._chain:
             both = sorted(mine & {target.name for target in other.plan.targets})
             if other.mode == self.mode and both:
                 raise ConflictError(
@@ -111,6 +114,11 @@ class Compressor(ABC):
                     where=both[0],
                     remedy="Give each target to one compressor of a kind: exclude it from one of the config lists.",
                 )
+
+    @property
+    def _trainer(self) -> Evaluator | None:
+        """The evaluator that one of the fused compressors was given."""
+        return next((item.evaluator for item in self._chain if item.evaluator is not None), None)
 
     @abstractmethod
     def _wrap_targets(self) -> None:
@@ -163,15 +171,16 @@ class Compressor(ABC):
                 where="compress",
                 remedy="Call compress(max_steps=...) or compress(max_epochs=...).",
             )
-        if trains and self.evaluator is None:
+        evaluator = self._trainer
+        if trains and evaluator is None:
             raise TrainingError(
                 "there is no evaluator to train with",
                 where="compress",
                 remedy="Give a TorchEvaluator, or call compress() without a length.",
             )
         self.start()
-        if trains and self.evaluator is not None:
-            self.evaluator.train(self.model, self, max_steps=max_steps, max_epochs=max_epochs)
+        if trains and evaluator is not None:
+            evaluator.train(self.model, self, max_steps=max_steps, max_epochs=max_epochs)
         self.finish()
         return self.result()
 

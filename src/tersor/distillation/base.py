@@ -21,6 +21,9 @@ class Observer(Transform):
         super().__init__()
         self.value: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "value": None}  # torch copies no tensor that has a history
+
     def forward(self, value: Tensor) -> Tensor:
         """The value, untouched."""
         self.value = value

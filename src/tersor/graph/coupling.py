@@ -15,6 +15,7 @@ from tersor.errors import EmptyLayerError, TraceError
 from tersor.graph.inputs import named_tensors
 from tersor.graph.labels import Axis
 from tersor.graph.propagate import propagate
+from tersor.graph.rules import Labels
 
 Masks = Mapping[str, Mapping[str, Tensor]]
 """``{module name: {target name: bool tensor}}``, 1 keeps."""
@@ -72,10 +73,12 @@ class Coupling:
         written: labels that a contraction computes.
         read: labels that a contraction sums over.
         unknown: operators without a rule that touched labels.
+        nodes: labels of each node's result, where the model is a GraphModule and they were asked for.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        propagation = propagate(model, example_inputs)
+    def __init__(self, model: nn.Module, example_inputs: Any, *, record_nodes: bool = False) -> None:
+        propagation = propagate(model, example_inputs, record_nodes=record_nodes)
+        self.nodes: Mapping[str, Labels] = dict(propagation.outputs)
         self.example_inputs = example_inputs
         self.axes: tuple[Axis, ...] = tuple(propagation.ledger.axes)
         self.classes, self.reasons, self.written, self.read = propagation.ledger.solve()

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,11 +117,39 @@ class _Follower(TorchDispatchMode):
         return len(self._views.get(key[0], set()) - {key}) > 0
 
 
+class _Nodes(nn.Module):
+    """Runs a graph node by node and notes the labels of what each returns."""
+
+    def __init__(self, graph_module: fx.GraphModule, follower: _Follower, outputs: list[tuple[str, Labels]]) -> None:
+        super().__init__()
+        self._placeholders = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
+        self._interpreter = _Interpreter(graph_module, follower, outputs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The graph's result."""
+        return self._interpreter.run(*args, *(kwargs[name] for name in self._placeholders[len(args) :]))
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule, follower: _Follower, outputs: list[tuple[str, Labels]]) -> None:
+        super().__init__(graph_module)
+        self._follower = follower
+        self._outputs = outputs
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self._outputs.append((n.name, dict(self._follower.fact(result).labels)))
+        return result
+
+
 def _key(tensor: Tensor) -> Key:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 
-def propagate(model: nn.Module, example_inputs: Any, *, record_outputs: bool = False) -> Propagation:
+def propagate(
+    model: nn.Module, example_inputs: Any, *, record_outputs: bool = False, record_nodes: bool = False
+) -> Propagation:
     """Run ``model`` once, in eval mode and without gradients, and follow the labels of all its parameters and buffers.
 
     The model is left as it was: no parameter, buffer, hook or train/eval flag changes.
@@ -130,6 +158,7 @@ def propagate(model: nn.Module, example_inputs: Any, *, record_outputs: bool = F
         model: any module.
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
         record_outputs: also record the labels of what each module returns.
+        record_nodes: the same for each node of a ``torch.fx.GraphModule``, under the node's name.
 
     Raises:
         TraceError: the model does not run on these inputs.
@@ -147,6 +176,8 @@ def propagate(model: nn.Module, example_inputs: Any, *, record_outputs: bool = F
     for tensor in tensors_of(example_inputs):
         follower.learn(tensor, {}, is_activation=True)
     outputs: list[tuple[str, Labels]] = []
+    graph = model if record_nodes and isinstance(model, fx.GraphModule) else None
+    called = model if graph is None else _Nodes(graph, follower, outputs)
     with ExitStack() as stack:
         if record_outputs:
             module_names = {module: name for name, module in model.named_modules()}
@@ -158,7 +189,7 @@ def propagate(model: nn.Module, example_inputs: Any, *, record_outputs: bool = F
             stack.callback(register_module_forward_hook(record).remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(follower)
-        result = run(model, example_inputs)
+        result = run(called, example_inputs)
     for tensor in tensors_of(result):
         for vector in follower.fact(tensor).labels.values():
             ledger.freeze(vector, "is the model's own output")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tersor.config import Align, PruningSpec
 from tersor.errors import ConflictError, MaskError
+from tersor.targets.channels import activation_channel_dim
 from tersor.targets.plan import PlannedTarget
 
 ShapeOf = Callable[[str, str], torch.Size | None]
@@ -16,6 +17,9 @@ ShapeOf = Callable[[str, str], torch.Size | None]
 
 def align(targets: Sequence[PlannedTarget], masks: dict[str, dict[str, Tensor]], shape_of: ShapeOf) -> None:
     """Add the masks of all aligned targets, in whatever order they depend on each other.
+
+    Channels of an input or output stand where its own module's type, or else the source's, has them; where neither
+    tells, second, or last if only that fits.
 
     Args:
         targets: of the plan; those without ``align`` are passed over.
@@ -26,6 +30,7 @@ def align(targets: Sequence[PlannedTarget], masks: dict[str, dict[str, Tensor]],
         ConflictError: targets align with each other in a circle.
         MaskError: the source's dimensions do not fit the target's.
     """
+    modules = {target.config.module_name: target.config.module for target in targets}
     waiting = {target.name: (target, spec) for target in targets if (spec := _align_spec(target)) is not None}
     while waiting:
         ready = {name: item for name, item in waiting.items() if ".".join(_source(*item)).lstrip(".") not in waiting}
@@ -37,7 +42,8 @@ def align(targets: Sequence[PlannedTarget], masks: dict[str, dict[str, Tensor]],
             mask = masks.get(module, {}).get(source)
             if mask is not None:
                 lives = reduce_to(mask, spec.dims, shape_of(module, source) or mask.shape, name)
-                mine = _fit(lives, shape_of(target.config.module_name, target.config.target_name), target)
+                shape = shape_of(target.config.module_name, target.config.target_name)
+                mine = _fit(lives, shape, target, modules.get(module))
                 masks.setdefault(target.config.module_name, {})[target.config.target_name] = mine
 
 
@@ -75,8 +81,8 @@ def reduce_to(mask: Tensor, dims: Sequence[int], shape: Sequence[int], where: st
     return lives.expand([shape[dim] for dim in ordered]).permute([ordered.index(dim) for dim in dims])
 
 
-def _fit(lives: Tensor, shape: torch.Size | None, target: PlannedTarget) -> Tensor:
-    """The mask in a shape that broadcasts to the target's. Channels of inputs and outputs stand second or last."""
+def _fit(lives: Tensor, shape: torch.Size | None, target: PlannedTarget, source: nn.Module | None) -> Tensor:
+    """The mask in a shape that broadcasts to the target's."""
     if shape is None:
         raise MaskError(
             "the shape of this input or output is not known",
@@ -85,7 +91,11 @@ def _fit(lives: Tensor, shape: torch.Size | None, target: PlannedTarget) -> Tens
         )
     first = 0
     if target.config.target_name.startswith("_"):
-        first = 1 if len(shape) > 1 and shape[1] == lives.shape[0] else len(shape) - lives.dim()
+        known = (activation_channel_dim(module, len(shape)) for module in (target.config.module, source) if module)
+        guess = 1 if len(shape) > 1 and shape[1] == lives.shape[0] else len(shape) - lives.dim()
+        first = next((dim for dim in known if dim is not None), guess)
+    if first < 0 or first + lives.dim() > len(shape):
+        first = 0  # it cannot fit, which is said below
     aligned = lives.reshape([1] * first + list(lives.shape) + [1] * (len(shape) - first - lives.dim()))
     if any(own not in (1, size) for own, size in zip(aligned.shape, shape, strict=True)):
         raise MaskError(

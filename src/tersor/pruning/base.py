@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tersor.compressor import Compressor
 from tersor.config import PruningSpec
-from tersor.errors import ConfigError
+from tersor.errors import ConfigError, MaskError
 from tersor.graph.coupling import Masks
 from tersor.pruning.align import align, expanded
 from tersor.pruning.allocation import Request, allocate
+from tersor.pruning.sparsity import Sparsity, measure_sparsity
 from tersor.storage import load_masks
 from tersor.targets.granularity import Blocks
 from tersor.targets.plan import PlannedTarget
 from tersor.wrapping.stack import as_bool, compact
-
-
-@dataclass(frozen=True)
-class Sparsity:
-    """What was asked of one target, and what came of it.
-
-    Attributes:
-        target: ``module.target``.
-        asked: the sparse ratio; None where there is none.
-        blocks: how many blocks the target has.
-        removed: how many of them its mask removes in whole.
-        elements: the share of its elements that are masked, by its own mask or because what they read is gone.
-        reason: why less is removed than was asked; empty where it is not.
-    """
-
-    target: str
-    asked: float | None
-    blocks: int
-    removed: int
-    elements: float
-    reason: str
 
 
 class Pruner(Compressor):
@@ -93,13 +72,13 @@ class Pruner(Compressor):
             collected = self.collect()
             requests = [self._request(target, collected[target.name]) for target in targets]
             keep = allocate(requests)
-        self._own_masks = {}
+        masks: dict[str, dict[str, Tensor]] = {}
         for target in targets:
             assert target.blocks is not None
             mask = target.blocks.expand_compact(keep[target.name])
-            self._own_masks.setdefault(target.config.module_name, {})[target.config.target_name] = mask
-        align(self.plan.targets, self._own_masks, self._shape)
-        self._apply()
+            masks.setdefault(target.config.module_name, {})[target.config.target_name] = mask
+        align(self.plan.targets, masks, self._shape)
+        self._apply(masks)
         return self.get_masks()
 
     def get_masks(self, *, completed: bool = False) -> dict[str, dict[str, Tensor]]:
@@ -121,30 +100,21 @@ class Pruner(Compressor):
             masks: as :meth:`get_masks` returns them (float 0/1 masks too), or the path of a masks file.
 
         Raises:
-            MaskError: they belong to another model; nothing is changed then.
+            UnmatchedError: the model has no such module or target; nothing is changed then.
+            MaskError: they have other shapes or values, or would empty a layer; nothing is changed then.
+            CheckpointError: the file is missing, damaged or no masks file.
         """
         given = load_masks(masks) if isinstance(masks, (str, os.PathLike)) else masks
         self.wrappers.check_masks(given)
-        self._own_masks = {
+        own = {
             module: {target: compact(as_bool(mask, f"{module}.{target}")) for target, mask in targets.items()}
             for module, targets in given.items()
         }
-        self._apply()
+        self._apply(own)
 
     def sparsity(self) -> list[Sparsity]:
         """What was asked of each target and what came of it."""
-        own, applied = self.get_masks(), self.get_masks(completed=True)
-        found: list[Sparsity] = []
-        for target in self.plan.targets:
-            spec, blocks = target.config.spec, target.blocks
-            if blocks is None or not isinstance(spec, PruningSpec):
-                continue
-            place = target.config.module_name, target.config.target_name
-            mask, simulated = (masks.get(place[0], {}).get(place[1]) for masks in (own, applied))
-            removed = 0 if mask is None else int((~blocks.split(mask).any(-1)).sum())
-            share = 0.0 if simulated is None else float((~simulated).float().mean())
-            found.append(Sparsity(target.name, spec.sparse_ratio, blocks.count, removed, share, target.frozen or ""))
-        return found
+        return measure_sparsity(self.plan, self.get_masks(), self.get_masks(completed=True))
 
     def _wrap_targets(self) -> None:
         self._own_masks: dict[str, dict[str, Tensor]] = {}
@@ -174,35 +144,27 @@ class Pruner(Compressor):
         spec, blocks = target.config.spec, target.blocks
         assert isinstance(spec, PruningSpec)
         assert blocks is not None
+        scores = self.score(values, blocks)
+        if target.stays is not None:
+            scores = scores.masked_fill(target.stays.view(scores.shape).to(scores.device), float("inf"))
         return Request(
             key=target.name,
-            scores=self._protected(target, self.score(values, blocks)),
+            scores=scores,
             block_numel=blocks.block_numel,
             ratio=spec.sparse_ratio,
             threshold=spec.sparse_threshold,
             min_ratio=spec.min_sparse_ratio,
-            max_ratio=spec.max_sparse_ratio,
+            max_ratio=target.greatest_ratio,
             global_group=spec.global_group_id,
             dependency_group=spec.dependency_group_id,
             internal_block=spec.internal_metric_block,
         )
 
-    def _protected(self, target: PlannedTarget, scores: Tensor) -> Tensor:
-        """Blocks that hold an index which cannot leave score highest."""
-        coupling, dim = self.plan.coupling, target.cut_dim
-        if coupling is None or dim is None or target.blocks is None:
-            return scores
-        classes = coupling.classes_along(target.name, dim)
-        if classes is None or not coupling.frozen[classes].any():
-            return scores
-        frozen = torch.from_numpy(coupling.frozen[classes]).reshape(target.blocks.grid[dim], -1).any(1)
-        return scores.masked_fill(frozen.reshape(scores.shape).to(scores.device), float("inf"))
-
     def _shape(self, module: str, target: str) -> torch.Size | None:
         """A target's shape; the model is run once where that is how an input's or output's shape becomes known."""
-        stack = self.wrappers[module].stack(target)
         if not target.startswith("_"):
             return self.wrappers[module].tensor(target).shape
+        stack = self.wrappers[module].stack(target)
         if stack.shape is None and self.example_inputs is not None:
             self.track_forward()
         return stack.shape
@@ -217,12 +179,17 @@ class Pruner(Compressor):
                     merged[module][target] = mask if known is None else known & mask.to(known.device)
         return merged
 
-    def _apply(self) -> None:
-        """Put the masks of all fused pruners in place, carried over to biases, norms and consumers."""
-        merged = self._merged()
-        if self.plan.coupling is not None:
-            self.wrappers.replace_masks(self.plan.coupling.complete(merged))
-        else:
-            self.wrappers.replace_masks(
-                {module: {target: (mask,) for target, mask in targets.items()} for module, targets in merged.items()}
-            )
+    def _apply(self, masks: dict[str, dict[str, Tensor]]) -> None:
+        """Make these the pruner's own, and put the masks of all fused pruners in place, carried over by the graph."""
+        before, self._own_masks = self._own_masks, masks
+        try:
+            merged = self._merged()
+            coupling = next((item.plan.coupling for item in self._chain if item.plan.coupling is not None), None)
+            if coupling is not None:
+                complete = coupling.complete(merged)
+            else:
+                complete = {module: {name: (mask,) for name, mask in own.items()} for module, own in merged.items()}
+        except MaskError:
+            self._own_masks = before
+            raise
+        self.wrappers.replace_masks(complete)

@@ -24,7 +24,7 @@ class FPGMPruner(Pruner):
 
     Args:
         model: the model; it is wrapped in place.
-        config_list: targets with ``sparse_ratio``; a granularity of single elements is refused.
+        config_list: targets with ``sparse_ratio``; the work grows with the square of a target's blocks.
         evaluator: only needed when ``compress`` is to fine-tune.
         example_inputs: see :class:`tersor.compressor.Compressor`.
     """

@@ -6,10 +6,10 @@ from typing import final
 
 from torch import Tensor
 
-from tersor.config import Granularity
 from tersor.pruning.base import Pruner
 from tersor.pruning.scores import block_norm
 from tersor.targets.granularity import Blocks
+from tersor.targets.plan import ELEMENTS
 
 
 @final
@@ -37,7 +37,7 @@ class LevelPruner(Pruner):
         5
     """
 
-    default_granularity = Granularity(block=(1,))
+    default_granularity = ELEMENTS
 
     def score(self, values: Tensor, blocks: Blocks) -> Tensor:
         """Sum of magnitudes."""

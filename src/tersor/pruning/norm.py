@@ -34,7 +34,7 @@ class L1NormPruner(Pruner):
         >>> pruner = L1NormPruner(net, config_list, example_inputs=torch.zeros(1, 1, 8, 8))
         >>> _, masks = pruner.compress()
         >>> [(name, tuple(masks[name]["weight"].shape), int(masks[name]["weight"].sum())) for name in masks]
-        [('0', (8, 1, 3, 3), 36), ('2', (2, 8, 3, 3), 72)]
+        [('0', (8, 1, 3, 3), 36)]
     """
 
     def score(self, values: Tensor, blocks: Blocks) -> Tensor:

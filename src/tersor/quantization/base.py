@@ -72,9 +72,9 @@ class Quantizer(Compressor):
         return self.model, self.get_calibration_config()
 
     def _wrap_targets(self) -> None:
-        for target in self.plan.targets:
-            stack = self.wrappers[target.config.module_name].stack(target.config.target_name)
-            stack.add(self.fake_quantize(target))
+        transforms = [self.fake_quantize(target) for target in self.plan.targets]  # it may refuse: wrap nothing then
+        for target, transform in zip(self.plan.targets, transforms, strict=True):
+            self.wrappers[target.config.module_name].stack(target.config.target_name).add(transform)
 
     def _transforms(self) -> list[tuple[str, str, FakeQuantize]]:
         found: list[tuple[str, str, FakeQuantize]] = []

@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from tersor.errors import MaskError, TraceError, WrapError, nearest
+from tersor.errors import MaskError, TraceError, VerificationError, WrapError, nearest
 from tersor.graph.coupling import Coupling, Masks, coupling_of
 from tersor.graph.inputs import fresh_inputs, named_tensors
+from tersor.graph.trace import concrete_trace
+from tersor.speedup.literals import rewrite_sizes
 from tersor.speedup.slicing import Snapshot, bake, cut
 from tersor.speedup.verify import divergence_error, first_divergence, module_outputs, outputs_of, relative_error
 from tersor.storage import load_masks
 from tersor.wrapping import is_wrapped
 from tersor.wrapping.stack import as_bool, check_shape, compact
+
+Factors = Mapping[str, Mapping[str, tuple[Tensor, ...]]]
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,13 @@ class SpeedupReport:
 
 
 class ModelSpeedup:
-    """Makes a masked model physically smaller, in place.
+    """Makes a masked model physically smaller, in place where its code allows.
 
     The masks are completed over the coupling groups, burnt into the parameters, and what they remove is sliced away.
     The original module classes, parameter objects (``is`` holds), hooks, dtypes, devices and train/eval flags stay.
-    Then the small model is run against the masked one on fresh inputs at another batch size.
+    Then the small model is run against the masked one on fresh inputs at another batch size. Where it differs because
+    sizes stand in the code of ``forward`` as numbers (``x.view(-1, 400)``), a ``torch.fx.GraphModule`` with rewritten
+    sizes is returned instead, made of the same modules.
 
     Args:
         model: the model, unwrapped (``pruner.unwrap_model()``).
@@ -116,26 +122,52 @@ class ModelSpeedup:
         masks, kept = coupling.complete(self.masks, removed), coupling.kept(removed)
         tensors = named_tensors(self.model)
         inputs = fresh_inputs(coupling.example_inputs, batch_dim=self.batch_dim) if self.verify else None
+        small, error = self.model, None
         with Snapshot(self.model) as snapshot:
             bake(tensors, masks)
             expected = outputs_of(self.model, inputs) if self.verify else []
             shapes = cut(self.model, tensors, kept)
-            error = self._error(inputs, expected) if self.verify else None
-            if error is not None and error > self.tolerance:
-                small, cause = module_outputs(self.model, inputs)
-                snapshot.restore()
-                bake(tensors, masks)
-                masked, _ = module_outputs(self.model, inputs)
-                where = first_divergence(self.model, coupling, removed, masked, small, self.tolerance)
-                raise divergence_error(where, cause or f"relative error {error:.2g} of the outputs")
+            if self.verify:
+                error = _error(small, inputs, expected)
+                if error > self.tolerance:
+                    snapshot.restore()
+                    small = self._rewritten(coupling)
+                    bake(tensors, masks)
+                    cut(self.model, tensors, kept)
+                    error = _error(small, inputs, expected)
+                if error > self.tolerance:
+                    raise self._divergence(coupling, removed, masks, snapshot, inputs)
         self.report = SpeedupReport(shapes, tuple(_left_alone(coupling, self.masks, removed)), error)
-        return self.model
+        return small
 
-    def _error(self, inputs: Any, expected: list[Tensor]) -> float:
-        try:
-            return relative_error(outputs_of(self.model, inputs), expected)
-        except TraceError:
-            return float("inf")
+    def _rewritten(self, coupling: Coupling) -> nn.Module:
+        """The model as a graph, with the sizes in its code rewritten to what will be left."""
+        traced = concrete_trace(self.model, coupling.example_inputs)
+        nodes = Coupling(traced, coupling.example_inputs, record_nodes=True)
+        known = named_tensors(traced)
+        masks = {
+            module: {target: mask for target, mask in targets.items() if f"{module}.{target}".lstrip(".") in known}
+            for module, targets in self.masks.items()
+        }
+        rewrite_sizes(traced, nodes, nodes.removed(masks))
+        return traced
+
+    def _divergence(
+        self, coupling: Coupling, removed: np.ndarray, masks: Factors, snapshot: Snapshot, inputs: Any
+    ) -> VerificationError:
+        small, cause = module_outputs(self.model, inputs)
+        snapshot.restore()
+        bake(named_tensors(self.model), masks)
+        masked, _ = module_outputs(self.model, inputs)
+        return divergence_error(first_divergence(self.model, coupling, removed, masked, small, self.tolerance), cause)
+
+
+def _error(model: nn.Module, inputs: Any, expected: list[Tensor]) -> float:
+    """How far a model's outputs are from the expected ones; infinitely far where it does not run."""
+    try:
+        return relative_error(outputs_of(model, inputs), expected)
+    except TraceError:
+        return float("inf")
 
 
 def _checked(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:

@@ -109,7 +109,7 @@ def divergence_error(where: str, cause: str) -> VerificationError:
         "the small model does not compute what the masked one does" + (f": {cause}" if cause else ""),
         where=where,
         remedy=(
-            "The model is unchanged. A size that stands in forward as a number (x.view(-1, 400), torch.split(x, 32)) "
-            "must be taken from the tensor instead (x.flatten(1)); or exclude this layer from the config list."
+            "The model is unchanged. A channel count that stands in forward as a number must be taken from a tensor "
+            "instead (x.shape[1]); or exclude this layer from the config list."
         ),
     )

@@ -1,9 +1,12 @@
-"""Which dimension of a parameter holds output channels and which holds input channels."""
+"""Which dimension of a tensor holds the channels."""
 
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+_LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.RNNBase)
 
 
 def channel_dims(module: nn.Module, target: str, rank: int) -> tuple[int | None, int | None]:
@@ -29,3 +32,21 @@ def channel_dims(module: nn.Module, target: str, rank: int) -> tuple[int | None,
     if target == "weight" and isinstance(module, (_ConvTransposeNd, nn.Embedding)):
         return 1, 0
     return 0, 1
+
+
+def activation_channel_dim(module: nn.Module, rank: int) -> int | None:
+    """The dimension of a module's inputs and outputs that holds the channels; None where its type does not tell.
+
+    Args:
+        module: convolutions have them before the dimensions that they slide over, norms of images second, what works
+            on tokens last.
+        rank: the number of dimensions of the input or output.
+
+    >>> activation_channel_dim(nn.Conv2d(3, 8, 3), 4), activation_channel_dim(nn.Linear(4, 8), 3)
+    (1, 2)
+    """
+    if isinstance(module, _ConvNd):
+        return rank - 1 - len(module.kernel_size)
+    if isinstance(module, (_NormBase, nn.GroupNorm)):
+        return 1
+    return rank - 1 if isinstance(module, _LAST) else None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from rich.markup import escape
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.config import Granularity, Mode, PruningSpec, parse_config_list
 from tersor.config.parse import ConfigList
@@ -20,38 +23,46 @@ from tersor.targets.granularity import Blocks, block_of
 from tersor.targets.resolve import Resolution, TargetConfig, resolve_targets
 
 OUT_CHANNEL = Granularity(name="out_channel")
+ELEMENTS = Granularity(block=(1,))
+_PLAIN = {"granularity": "default", "apply_method": "mul"}
+"""What a table need not say."""
+_ELSEWHERE = ("align", "dependency_group_id", "global_group_id")
+"""What it says in another column."""
+COLUMNS = ("target", "type", "action", "setting", "group", "reason")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlannedTarget:
     """One target, its setting, and what the graph says about it.
 
     Attributes:
         config: module, target name and spec.
         blocks: how a pruned parameter is cut into blocks; None for inputs, outputs and other modes.
-        frozen: why its blocks cannot leave; None where they can.
+        stays: which blocks cannot leave, bool, one a block; None where all can, or none can.
+        why: why those cannot, or why none can; None where all can.
     """
 
     config: TargetConfig
     blocks: Blocks | None = None
-    frozen: str | None = None
+    stays: Tensor | None = None
+    why: str | None = None
 
     @property
     def name(self) -> str:
         """``module.target``."""
-        return (
-            f"{self.config.module_name}.{self.config.target_name}"
-            if self.config.module_name
-            else (self.config.target_name)
-        )
+        return qualified(self.config)
 
     @property
-    def cut_dim(self) -> int | None:
-        """The one dimension along which whole slices live or die; None for finer granularities."""
-        if self.blocks is None:
-            return None
-        cut = [dim for dim, count in enumerate(self.blocks.grid) if count > 1]
-        return cut[0] if len(cut) == 1 and self.blocks.count == self.blocks.grid[cut[0]] else None
+    def greatest_ratio(self) -> float:
+        """The share of its blocks that may go: ``max_sparse_ratio``, and no more than can leave."""
+        asked = getattr(self.config.spec, "max_sparse_ratio", None)
+        free = 1.0 if self.stays is None else 1 - float(self.stays.double().mean())
+        return free if asked is None else min(asked, free)
+
+    @property
+    def frozen(self) -> str | None:
+        """Why none of its blocks can leave; None where at least one can."""
+        return self.why if self.stays is None else None
 
 
 @dataclass(frozen=True)
@@ -100,23 +111,26 @@ class Plan:
         self.skipped = skipped
         self.coupling = coupling
         # Rows are made now: once the model is wrapped, its modules' class names are parametrizations'.
-        self.rows = tuple(_row(mode, target) for target in targets)
+        mates: dict[object, list[PlannedTarget]] = defaultdict(list)
+        for target in targets:
+            mates[_dependency(target)].append(target)
+        self.rows = tuple(_row(mode, target, mates[_dependency(target)]) for target in targets)
 
     def table(self) -> Table:
         """The plan as a rich table; modules that are skipped stand below, with the reason."""
-        table = Table(title=f"Plan: {self.mode}", title_justify="left")
-        for heading in ("module", "type", "target", "action", "blocks", "removes", "group", "setting", "reason"):
-            table.add_column(heading, justify="right" if heading in ("blocks", "removes") else "left", overflow="fold")
-        for row in self.rows:
-            setting = ", ".join(f"{key}={value}" for key, value in row.setting.items())
-            counts = ["" if count is None else str(count) for count in (row.blocks, row.removes)]
-            table.add_row(row.module, row.type, row.target, row.action, *counts, row.group, setting, row.reason)
+        table = Table(title=f"Plan: {self.mode}", title_justify="left", pad_edge=False)
+        rows = [_cells(row) for row in self.rows]
         by_reason: dict[str, list[str]] = defaultdict(list)
         for name, reason in self.skipped.items():
             by_reason[reason].append(name or "(the model itself)")
         for reason, names in by_reason.items():
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            table.add_row(shown, "", "", "nothing", "", "", "", "", reason)
+            rows.append({"target": shown, "action": "nothing", "reason": reason})
+        headings = dict.fromkeys(heading for row in rows for heading, text in row.items() if text)
+        for heading in [name for name in COLUMNS if name in headings]:
+            table.add_column(heading, overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(row.get(heading, "")) for heading in COLUMNS if heading in headings))
         return table
 
     def __rich__(self) -> Table:
@@ -223,21 +237,43 @@ def _planned(target: TargetConfig, coupling: Coupling | None, default: Granulari
     try:
         blocks = Blocks(tuple(tensor.shape), block_of(granularity, tensor.shape, out_dim=out_dim, in_dim=in_dim))
     except ConfigError as error:
-        where = f"config_list[{target.entry_index}]['granularity'] on {target.module_name}.{target.target_name}"
+        where = f"config_list[{target.entry_index}]['granularity'] on {qualified(target)}"
         raise type(error)(error.what, where=where, legal=error.legal, remedy=error.remedy) from None
-    planned = PlannedTarget(target, blocks)
-    if coupling is not None and planned.cut_dim is not None:
-        frozen = coupling.frozen_reason(planned.name, planned.cut_dim)
-        return PlannedTarget(target, blocks, frozen)
-    return planned
+    if blocks.count == 1:
+        return PlannedTarget(target, blocks, why="is a single block, and one has to stay")
+    if coupling is None or _single_elements(granularity):
+        return PlannedTarget(target, blocks)
+    return PlannedTarget(target, blocks, *_what_stays(qualified(target), blocks, coupling))
 
 
-def _row(mode: Mode, target: PlannedTarget) -> PlanRow:
+def _single_elements(granularity: Granularity) -> bool:
+    return granularity.fill == 1 and set(granularity.block) == {1}
+
+
+def _what_stays(name: str, blocks: Blocks, coupling: Coupling) -> tuple[Tensor | None, str | None]:
+    """Which blocks hold an index that cannot leave, and why; where blocks are whole slices along one dimension."""
+    cut = [dim for dim, count in enumerate(blocks.grid) if count > 1]
+    classes = coupling.classes_along(name, cut[0]) if len(cut) == 1 else None
+    if classes is None:
+        return None, None
+    frozen = coupling.frozen[classes]
+    stays = torch.from_numpy(frozen.reshape(blocks.count, -1).any(1))
+    if not stays.any():
+        return None, None
+    return None if stays.all() else stays, coupling.reasons[int(classes[frozen][0])]
+
+
+def _dependency(target: PlannedTarget) -> object:
+    """What targets that share a mask have in common."""
+    return getattr(target.config.spec, "dependency_group_id", None) or target
+
+
+def _row(mode: Mode, target: PlannedTarget, mates: list[PlannedTarget]) -> PlanRow:
     config, spec = target.config, target.config.spec
     action, removes, reason = {"quantization": "quantize", "distillation": "distil"}.get(mode, "prune"), None, ""
     group = ""
     if isinstance(spec, PruningSpec):
-        action, removes, reason = _pruning_action(target, spec)
+        action, removes, reason = _pruning_action(target, spec, mates)
         group = " ".join(name for name in (spec.dependency_group_id, spec.global_group_id) if name)
     return PlanRow(
         config.module_name,
@@ -252,18 +288,47 @@ def _row(mode: Mode, target: PlannedTarget) -> PlanRow:
     )
 
 
-def _pruning_action(target: PlannedTarget, spec: PruningSpec) -> tuple[str, int | None, str]:
+def _pruning_action(
+    target: PlannedTarget, spec: PruningSpec, mates: list[PlannedTarget]
+) -> tuple[str, int | None, str]:
     if spec.align is not None:
         source = ".".join(filter(None, (spec.align.module_name, spec.align.target_name)))
         return "align", None, f"follows {source}"
     if target.frozen:
         return "nothing", 0, target.frozen
-    if spec.sparse_ratio is None and spec.sparse_threshold is None and spec.min_sparse_ratio is None:
+    keys = (spec.sparse_ratio, spec.sparse_threshold, spec.min_sparse_ratio)
+    if keys == (None, None, None) or target.blocks is None:
         return "nothing", 0, "no sparse_ratio or sparse_threshold is set"
-    if spec.sparse_ratio is None or spec.global_group_id is not None or target.blocks is None:
-        return "prune", None, ""
-    low, high = spec.min_sparse_ratio or 0.0, 1.0 if spec.max_sparse_ratio is None else spec.max_sparse_ratio
-    return "prune", removed_count(min(max(spec.sparse_ratio, low), high), target.blocks.count), ""
+    partly = "" if target.stays is None else f"{int(target.stays.sum())} blocks stay: one {target.why}"
+    if spec.sparse_threshold is not None or spec.global_group_id is not None:
+        return "prune", None, partly
+    specs = [mate.config.spec for mate in mates]
+    parts = math.lcm(*(s.internal_metric_block or 1 for s in specs if isinstance(s, PruningSpec)))
+    lowest = max(s.min_sparse_ratio or 0.0 for s in specs if isinstance(s, PruningSpec))
+    ratio = min(max(spec.sparse_ratio or 0.0, lowest), *(mate.greatest_ratio for mate in mates))
+    removes = parts * removed_count(ratio, target.blocks.count // parts)
+    if not removes:
+        return "nothing", 0, partly or f"{ratio:g} of {target.blocks.count // parts} blocks is less than one"
+    return "prune", removes, partly
+
+
+def _cells(row: PlanRow) -> dict[str, str]:
+    """A row for the table: only what a reader does not know already."""
+    setting = {key: value for key, value in row.setting.items() if _PLAIN.get(key) != value and key not in _ELSEWHERE}
+    count = "" if row.removes is None or row.action == "nothing" else f" {row.removes} of {row.blocks}"
+    return {
+        "target": f"{row.module}.{row.target}" if row.module else row.target,
+        "type": row.type,
+        "action": row.action + count,
+        "setting": ", ".join(f"{key}={value}" for key, value in setting.items()),
+        "group": row.group,
+        "reason": row.reason,
+    }
+
+
+def qualified(target: TargetConfig) -> str:
+    """``module.target``."""
+    return f"{target.module_name}.{target.target_name}" if target.module_name else target.target_name
 
 
 def removed_count(ratio: float, blocks: int) -> int:

@@ -1,0 +1,98 @@
+"""What was asked of each pruned target, what came of it, and why where that is less."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tersor.config import PruningSpec
+from tersor.graph.coupling import Masks
+from tersor.targets.plan import Plan, PlannedTarget, PlanRow, removed_count
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What was asked of one target, and what came of it.
+
+    Attributes:
+        target: ``module.target``.
+        asked: the sparse ratio; None where there is none.
+        blocks: how many blocks the target has.
+        removed: how many of them its mask removes in whole.
+        elements: the share of its elements that are masked, by its own mask or because what they read is gone.
+        reason: why less is removed than was asked; empty where it is not.
+    """
+
+    target: str
+    asked: float | None
+    blocks: int
+    removed: int
+    elements: float
+    reason: str
+
+
+def measure_sparsity(plan: Plan, own: Masks, applied: Masks) -> list[Sparsity]:
+    """Compare a plan with masks.
+
+    Args:
+        plan: of the pruner.
+        own: the masks that it made, of their targets' shapes.
+        applied: those that are simulated, completed by the graph.
+    """
+    found: list[Sparsity] = []
+    short = _short_groups(plan, own)
+    for target, row in zip(plan.targets, plan.rows, strict=True):
+        spec = target.config.spec
+        if target.blocks is None or not isinstance(spec, PruningSpec):
+            continue
+        mask, simulated = _find(own, target), _find(applied, target)
+        removed = _removed(target, mask)
+        share = 0.0 if simulated is None else float((~simulated).double().mean())
+        reason = target.frozen or ("" if mask is None else _why_less(spec, row, removed, short))
+        found.append(Sparsity(target.name, spec.sparse_ratio, target.blocks.count, removed, share, reason))
+    return found
+
+
+def _find(masks: Masks, target: PlannedTarget) -> Tensor | None:
+    return masks.get(target.config.module_name, {}).get(target.config.target_name)
+
+
+def _removed(target: PlannedTarget, mask: Tensor | None) -> int:
+    """How many blocks of a target are masked in whole."""
+    return 0 if mask is None or target.blocks is None else int((~target.blocks.split(mask).any(-1)).sum())
+
+
+def _why_less(spec: PruningSpec, row: PlanRow, removed: int, short: dict[str, str]) -> str:
+    if spec.global_group_id is not None:
+        return short.get(spec.global_group_id, "")
+    if spec.sparse_ratio is None or row.blocks is None:
+        return ""
+    if removed >= max(removed_count(spec.sparse_ratio, row.blocks), 1 if spec.sparse_ratio else 0):
+        return ""
+    limits = ("max_sparse_ratio", "internal_metric_block", "dependency_group_id")
+    given = [f"{name} {value}" for name in limits if (value := getattr(spec, name)) is not None]
+    return row.reason or (f"limited by {' and '.join(given)}" if given else "")
+
+
+def _short_groups(plan: Plan, own: Masks) -> dict[str, str]:
+    """The global groups that fall short of their ratio by a block or more, with the reason."""
+    members: dict[str, list[PlannedTarget]] = defaultdict(list)
+    for target in plan.targets:
+        spec = target.config.spec
+        if isinstance(spec, PruningSpec) and spec.global_group_id is not None and _find(own, target) is not None:
+            members[spec.global_group_id].append(target)
+    short: dict[str, str] = {}
+    for group, targets in members.items():
+        sizes = [(t.blocks.count, t.blocks.block_numel, _removed(t, _find(own, t))) for t in targets if t.blocks]
+        spec = targets[0].config.spec
+        assert isinstance(spec, PruningSpec)
+        asked = removed_count(spec.sparse_ratio or 0.0, sum(count * numel for count, numel, _ in sizes))
+        removed = sum(numel * gone for _, numel, gone in sizes)
+        if asked - removed >= sum(numel for _, numel, _ in sizes):
+            short[group] = (
+                f"global group {group} gives up {removed} of {asked} elements: max_sparse_ratio forbids more, "
+                "or its targets are down to their last blocks"
+            )
+    return short
