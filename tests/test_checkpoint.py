@@ -297,3 +297,10 @@ def test_wrong_model_is_named_and_left_alone(tmp_path, build, message):
 def test_function_must_return_a_module(tmp_path):
     with pytest.raises(CheckpointError, match="returned dict"):
         load(dict, save(Net(), tmp_path / "a"))
+
+
+def test_traced_graph_is_refused_with_a_remedy(tmp_path):
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(CheckpointError, match=r"traced graph.*x\.flatten\(1\)"):
+        save(graph, tmp_path / "graph")
+    assert not (tmp_path / "graph").exists()

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tersor.errors import CheckpointError, nearest
 from tersor.graph.inputs import named_tensors
@@ -91,6 +91,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, metadata: Mappi
     """
     directory = Path(directory)
     _refuse_wrapped(model)
+    _refuse_graph(model)
     _refuse_foreign_folder(directory)
     try:
         plain_metadata = json.loads(json.dumps(dict(metadata or {})))
@@ -255,6 +256,18 @@ def _refuse_wrapped(model: nn.Module) -> None:
             "the model is wrapped: a compressor's simulation is in place",
             where=type(model).__name__,
             remedy="Call unwrap_model() of the compressor first.",
+        )
+
+
+def _refuse_graph(model: nn.Module) -> None:
+    if isinstance(model, fx.GraphModule):
+        raise CheckpointError(
+            "a traced graph is code, which safetensors cannot hold",
+            where=type(model).__name__,
+            remedy=(
+                "Take the sizes in forward from tensors (x.flatten(1) in place of x.view(-1, 400)), so that the speedup "
+                "keeps the model's own class; or save the graph with torch.export.save."
+            ),
         )
 
 
