@@ -1,1 +1,1 @@
-"""Measurements behind every figure in the documentation; ``python -m benchmarks.run NAME`` writes ``results/NAME.json``."""
+"""Measurements behind the figures in the documents; ``python -m benchmarks.run NAME`` writes ``results/NAME.json``."""

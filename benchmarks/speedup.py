@@ -80,9 +80,7 @@ def run() -> dict[str, Any]:
     for name in NETWORKS:
         model, example = build(name), torch.randn(2, 3, 224, 224)
         relative_error, kept = error(model, example)
-        pairs = []
-        for _ in range(REPEATS):
-            pairs.append((seconds(shrink, model, example), seconds(torch_pruning, model, example)))
+        pairs = [(seconds(shrink, model, example), seconds(torch_pruning, model, example)) for _ in range(REPEATS)]
         results[name] = {
             "relative_error": relative_error,
             "parameters_kept": round(kept, 4),

@@ -265,8 +265,8 @@ def _refuse_graph(model: nn.Module) -> None:
             "a traced graph is code, which safetensors cannot hold",
             where=type(model).__name__,
             remedy=(
-                "Take the sizes in forward from tensors (x.flatten(1) in place of x.view(-1, 400)), so that the speedup "
-                "keeps the model's own class; or save the graph with torch.export.save."
+                "Take the sizes in forward from tensors (x.flatten(1) in place of x.view(-1, 400)), so that the "
+                "speedup keeps the model's own class; or save the graph with torch.export.save."
             ),
         )
 

@@ -342,3 +342,18 @@ def test_the_model_is_not_touched():
     resolve(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     assert list(model.modules()) == modules
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_align_to_the_second_name_of_a_shared_module_is_to_its_first():
+    model = nn.ModuleDict({"a": nn.Linear(2, 3), "n": nn.BatchNorm1d(3)})
+    model["b"] = model["a"]
+    align = {"module_name": "b", "target_name": "weight", "dims": [0]}
+    entries = parse_config_list(
+        [
+            {"op_names": ["a"], "sparse_ratio": 0.5},
+            {"op_names": ["n"], "target_names": ["weight"], "target_settings": {"weight": {"align": align}}},
+        ],
+        "pruning",
+    )
+    (norm,) = [target for target in resolve_targets(model, entries, "pruning").targets if target.module_name == "n"]
+    assert norm.spec.align.module_name == "a"

@@ -125,12 +125,13 @@ def test_modes():
     model.eval()
     model[1].train()
     seen = []
-    model[0].register_forward_hook(lambda module, args, output: seen.append(module.training))
+    handle = model[0].register_forward_hook(lambda module, args, output: seen.append(module.training))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     evaluator = TorchEvaluator.from_loader(LOADER, mse_loss, optimizer, eval_loader=LOADER, metric=mse_loss)
     evaluator.train(model, max_steps=1)
     mean = model[1].running_mean.clone()
     evaluator.evaluate(model)
+    handle.remove()
     assert seen == [True, False, False, False]
     assert torch.equal(model[1].running_mean, mean)
     assert [module.training for module in model.modules()] == [False, False, True]

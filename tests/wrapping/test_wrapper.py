@@ -230,3 +230,16 @@ def test_a_wrapper_of_an_output_alone_is_seen():
         ModelWrappers(model)
     wrappers.detach()
     assert not is_wrapped(model)
+
+
+def test_masks_travel_in_the_state_dict():
+    first, second = Plain(), Plain()
+    wrappers = [ModelWrappers(first), ModelWrappers(second)]
+    wrappers[0].replace_masks({"0": {"weight": [half(8, 1, 1, 1), half(1, 3, 1, 1)], "bias": [half(8)]}})
+    for target in ("weight", "bias"):
+        wrappers[1].mask("0", target)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(wrappers[1].masks()["0"]["weight"], wrappers[0].masks()["0"]["weight"])
+    assert torch.equal(second[0].weight, first[0].weight)
+    for wrapper in wrappers:
+        wrapper.detach()

@@ -237,7 +237,9 @@ class Coupling:
             for name in axis.names:
                 module, _, target = name.rpartition(".")
                 factors = complete.setdefault(module, {})
-                factors[target] = (*factors.get(target, ()), factor)
+                known = factors.get(target, ())
+                if not any(own.shape == factor.shape and torch.equal(own.cpu(), factor) for own in known):
+                    factors[target] = (*known, factor)
         return complete
 
     def __str__(self) -> str:

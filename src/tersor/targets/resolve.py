@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -94,6 +94,7 @@ def resolve_targets(model: nn.Module, entries: Sequence[Entry], mode: Mode) -> R
             reasons.update(dict.fromkeys(chosen, f"{entry.where} selects it, but none of its tensors is a target"))
     _check_groups(targets.values())
     _check_aligns(targets, modules)
+    targets = {key: _by_first_name(target, modules.first_name) for key, target in targets.items()}
     position = {name: index for index, name in enumerate(modules.by_name)}
     ordered = sorted(targets.values(), key=lambda target: position[target.module_name])
     with_targets = {target.module_name for target in ordered}
@@ -228,6 +229,15 @@ def _misfit(align: Align | None, tensor: Tensor | None, sources: Mapping[str, Te
             f"dims {list(align.dims)} of the source have sizes {sizes}, which {tuple(tensor.shape)} does not begin with"
         )
     return ""
+
+
+def _by_first_name(target: TargetConfig, first_name: Mapping[str, str]) -> TargetConfig:
+    """A shared module goes by its first name, also as the source of a mask."""
+    align = _align_of(target.spec)
+    if align is None or align.module_name is None or first_name[align.module_name] == align.module_name:
+        return target
+    source = align.model_copy(update={"module_name": first_name[align.module_name]})
+    return replace(target, spec=target.spec.model_copy(update={"align": source}))
 
 
 def _check_groups(targets: Iterable[TargetConfig]) -> None:

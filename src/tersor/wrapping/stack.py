@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from functools import reduce
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +120,13 @@ class Mask(Transform):
         for number, vector in enumerate(vectors):
             self.register_buffer(f"factor_{number}", vector.to(device) if device else vector)
             self._factors.append(f"factor_{number}")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """A mask takes the factors that a checkpoint holds, however many they are."""
+        names = [name for name in state_dict if name.startswith(f"{prefix}factor_")]
+        device = self.factors[0].device if self.factors else None
+        self.set([state_dict[name] for name in names], device)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportArgumentType]
 
     def product(self, shape: Sequence[int] | None = None) -> Tensor:
         """The mask as one bool tensor: of the given shape, or as small as broadcasting allows."""

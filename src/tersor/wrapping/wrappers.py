@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from tersor.errors import UnmatchedError, WrapError, nearest
+from tersor.errors import MaskError, UnmatchedError, WrapError, nearest
 from tersor.wrapping.stack import Mask, Stage, TargetStack, as_bool, check_shape
 from tersor.wrapping.wrapper import INPUT, OUTPUT, SIMULATION_HOOKS, Wrapper
 
@@ -77,14 +77,18 @@ class ModelWrappers:
         """Refuse masks that do not fit the model, before any is applied.
 
         Raises:
-            UnmatchedError: the model has no such module or target.
-            MaskError: a mask's shape does not broadcast to its target's, or it holds other values than 0 and 1.
+            MaskError: the model has no such module or target, a mask's shape does not broadcast to its target's, or it
+                holds other values than 0 and 1.
         """
         for module, targets in masks.items():
             for target, mask in targets.items():
-                wrapper, where = self[module], f"{module}.{target}"
-                if not target.startswith((INPUT, OUTPUT)):
-                    check_shape(mask, wrapper.tensor(target).shape, where)
+                where = f"{module}.{target}" if module else target
+                try:
+                    wrapper = self[module]
+                    shape = mask.shape if target.startswith((INPUT, OUTPUT)) else wrapper.tensor(target).shape
+                except UnmatchedError as error:
+                    raise MaskError(error.what, where=where, remedy=error.remedy) from None
+                check_shape(mask, shape, where)
                 as_bool(mask, where)
 
     def replace_masks(self, masks: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> None:
