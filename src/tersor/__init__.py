@@ -2,6 +2,11 @@
 
 from importlib.metadata import version
 
+from tersor import distillation as distillation
+from tersor import graph as graph
+from tersor import pruning as pruning
+from tersor import quantization as quantization
+from tersor import speedup as speedup
 from tersor.analysis import compare as compare
 from tersor.checkpoint import load as load
 from tersor.checkpoint import save as save

@@ -210,7 +210,7 @@ def test_errors():
     wrappers = ModelWrappers(model)
     with pytest.raises(UnmatchedError, match="no module 'convv'"):
         wrappers.mask("convv", "weight")
-    with pytest.raises(UnmatchedError, match=r"'weigth'.*Did you mean 'weight'"):
+    with pytest.raises(UnmatchedError, match=r"no tensor 'weigth'.*Did you mean 'weight'"):
         wrappers.mask("0", "weigth")
     with pytest.raises(MaskError, match=r"\(7, 1, 1, 1\).*\(8, 3, 3, 3\)"):
         wrappers.check_masks({"0": {"weight": half(7, 1, 1, 1)}})

@@ -11,25 +11,32 @@ ADDED = "is added to a tensor that no parameter controls"
 
 
 def _read(call: Call, names: tuple[str, str], dims: tuple[int, int]) -> None:
-    """A sum over a dimension of two operands: their labels agree. The one that is a weight reads them."""
+    """A sum over a dimension of two operands: their labels agree, and the one that is a weight reads them.
+
+    Without a weight the sum would go on counting what a removed index still carries, so nothing may leave.
+    """
     tensors = [call.arguments[name] for name in names]
     vectors = [call.labels_of(tensor).get(dim) for tensor, dim in zip(tensors, dims, strict=True)]
     meet(call, vectors, tensors[0].shape[dims[0]], SUMMED)
-    for tensor, vector in zip(tensors, vectors, strict=True):
-        if vector is not None and not call.is_activation(tensor):
+    weights = [call.is_weight(tensor) for tensor in tensors]
+    for is_weight, vector in zip(weights, vectors, strict=True):
+        if vector is not None and not any(weights):
+            call.ledger.freeze(vector, "is summed over without a parameter")
+        elif vector is not None and is_weight:
             call.ledger.mark_read(vector)
 
 
 def _write(call: Call, name: str, vector: Tensor | None) -> None:
     """What remains of an operand in the result; a weight writes it."""
-    if vector is not None and not call.is_activation(call.arguments[name]):
+    if vector is not None and call.is_weight(call.arguments[name]):
         call.ledger.mark_written(vector)
 
 
 def _channels(call: Call, written: Tensor | None, out: Tensor | None) -> Labels:
     """The output channels of a convolution, at dimension 1, and the bias that is added to them."""
     _write(call, "weight", written)
-    out = meet(call, [out, call.labels("bias").get(0)], call.result.shape[1], ADDED) if call.labels("bias") else out
+    if call.arguments.get("bias") is not None:
+        out = meet(call, [out, call.labels("bias").get(0)], call.result.shape[1], ADDED)
     return {} if out is None else {1: out}
 
 
@@ -52,8 +59,9 @@ def _grouped_convolution(call: Call, x: Tensor | None, w: Labels) -> Labels:
     if 1 in w:
         call.ledger.freeze(w[1], "stands within a convolution's groups, which live and die whole")
     outer = w.get(0)
-    if outer is None:
-        call.freeze({1: x} if x is not None else {}, "feeds a grouped convolution whose weight is no parameter")
+    if outer is None or not call.is_weight(call.arguments["weight"]):
+        for vector in (x, outer):
+            call.freeze({} if vector is None else {1: vector}, "meets a grouped convolution without a parameter")
         return {}
     rows = outer.reshape(groups, -1)
     entering = (unknown_vector(channels) if x is None else x).reshape(groups, -1)

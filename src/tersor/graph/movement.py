@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from tersor.graph.labels import UNKNOWN
-from tersor.graph.rules import Call, Labels, meet, rule, unknown_vector
+from tersor.graph.rules import MOVEMENT, Call, Labels, meet, rule, unknown_vector
+
+MOVEMENT.update(
+    {"view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "expand", "squeeze", "unsqueeze",
+     "flatten", "unflatten", "flip", "movedim", "numpy_T", "slice", "select", "narrow", "split", "split_with_sizes",
+     "chunk", "unbind", "repeat", "diagonal", "roll", "index_select"}
+)  # fmt: skip
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "expand", "squeeze",
-      "unsqueeze", "flatten", "unflatten", "roll", "flip", "movedim", "numpy_T", "constant_pad_nd", "slice", "select",
-      "narrow", "split", "split_with_sizes", "chunk", "unbind", "index_select", "repeat", "diagonal")  # fmt: skip
+@rule(*MOVEMENT, "constant_pad_nd")
 def move(call: Call) -> Any:
     """Run the operator itself on the labels, one dimension's labels at a time.
 
@@ -25,6 +29,9 @@ def move(call: Call) -> Any:
     several = isinstance(call.result, (list, tuple))
     labels: list[Labels] = [{} for _ in call.result] if several else [{}]
     for dim, vector in call.labels_of(tensor).items():
+        if _reorders(call, tensor, dim):
+            call.ledger.freeze(vector, f"'{call.name}' reorders it by positions that stand in the code")
+            continue
         shape = [1] * tensor.dim()
         shape[dim] = -1
         moved = _run_on(call, names, vector.reshape(shape).expand(tensor.shape))
@@ -36,6 +43,14 @@ def move(call: Call) -> Any:
             if line is not None:
                 _place(call, own, *line)
     return labels if several else labels[0]
+
+
+def _reorders(call: Call, tensor: Tensor, dim: int) -> bool:
+    """Whether an operator moves indices along a dimension to positions that depend on how many there are."""
+    if call.name == "roll":
+        dims = call.arguments.get("dims") or range(tensor.dim())
+        return any(d % tensor.dim() == dim for d in dims)
+    return call.name == "index_select" and call.arguments["dim"] % tensor.dim() == dim
 
 
 def _run_on(call: Call, names: list[str], field: Tensor) -> Any:

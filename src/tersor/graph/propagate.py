@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tersor.graph import contractions, movement, reductions
 from tersor.graph.inputs import evaluating, named_tensors, run, tensors_of
 from tersor.graph.labels import Ledger
-from tersor.graph.rules import Call, Labels, base_name, find_rule
+from tersor.graph.rules import Call, Labels, base_name, find_rule, preserves_values
 
 RULE_MODULES = (contractions, movement, reductions)
 """The modules whose import registers the rules."""
@@ -41,10 +42,10 @@ class Propagation:
 
 
 class _Fact(NamedTuple):
-    """What is known of a tensor: its labels, and whether it depends on the model's input. Else it is a weight."""
+    """What is known of a tensor: its labels, and whether it is a parameter, as it is or reshaped."""
 
     labels: Labels
-    is_activation: bool
+    is_weight: bool
 
 
 NOTHING = _Fact({}, False)
@@ -64,15 +65,16 @@ class _Follower(TorchDispatchMode):
         self.unknown: Counter[str] = Counter()
         self._facts: dict[Key, _Fact] = {}
         self._views: dict[int, set[Key]] = {}
-        self._storages: dict[int, StorageWeakRef] = {}
+        self._storages: dict[int, Any] = {}
 
-    def learn(self, tensor: Tensor, labels: Labels, *, is_activation: bool) -> None:
+    def learn(self, tensor: Tensor, labels: Labels, *, is_weight: bool = False) -> None:
         """Remember what is known of a tensor."""
         key = _key(tensor)
-        self._facts[key] = _Fact(labels, is_activation)
+        self._facts[key] = _Fact(labels, is_weight)
         self._views.setdefault(key[0], set()).add(key)
         if key[0] not in self._storages:
-            self._storages[key[0]] = StorageWeakRef(tensor.untyped_storage())
+            # Without a storage (sparse tensors) the tensor itself is kept, and known by its identity.
+            self._storages[key[0]] = StorageWeakRef(tensor.untyped_storage()) if _has_storage(tensor) else tensor
 
     def fact(self, tensor: Tensor) -> _Fact:
         """What is known of a tensor."""
@@ -82,33 +84,32 @@ class _Follower(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        operands = tensors_of([args, kwargs])
-        facts = [self.fact(tensor) for tensor in operands]
+        # An operator may change its operand's shape in place, so facts are looked up before it runs.
+        facts = {id(tensor): self.fact(tensor) for tensor in tensors_of([args, kwargs])}
         result = func(*args, **kwargs)
         outputs = tensors_of(result)
-        touched = [fact.labels for fact in facts if fact.labels]
-        labels = self._apply(func, args, kwargs, result, touched) if touched else {}
+        labels = self._apply(func, args, kwargs, result, facts) if any(f.labels for f in facts.values()) else {}
         each = labels if isinstance(labels, list) else [labels] * len(outputs)
-        is_activation = any(fact.is_activation for fact in facts)
+        is_weight = preserves_values(func) and all(fact.is_weight for fact in facts.values())
         for tensor, own in zip(outputs, each, strict=True):
-            self.learn(tensor, own, is_activation=is_activation)
+            self.learn(tensor, own, is_weight=is_weight)
         return result
 
     def _apply(
-        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, touched: list[Labels]
+        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, facts: dict[int, _Fact]
     ) -> Labels | list[Labels]:
         names = [argument.name for argument in func._schema.arguments]
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        call = Call(func, arguments, result, self.ledger, self.fact)
+        call = Call(func, arguments, result, self.ledger, lambda tensor: facts.get(id(tensor), NOTHING))
         rule = find_rule(func)
-        overwrites = func._schema.is_mutable and len(tensors_of(arguments)) > 1 and self._has_other_views(args[0])
+        overwrites = func._schema.is_mutable and len(facts) > 1 and self._has_other_views(args[0])
         if rule is not None and not overwrites:
             return rule(call)
         name = base_name(func)
         self.unknown[name] += 1
         reason = f"'{name}' writes into a view" if overwrites else f"meets '{name}', which has no rule"
-        for labels in touched:
-            call.freeze(labels, reason)
+        for fact in facts.values():
+            call.freeze(fact.labels, reason)
         return {}
 
     def _has_other_views(self, written: Tensor) -> bool:
@@ -144,7 +145,13 @@ class _Interpreter(fx.Interpreter):
 
 
 def _key(tensor: Tensor) -> Key:
+    if not _has_storage(tensor):
+        return id(tensor), 0, tuple(tensor.shape), ()
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided
 
 
 def propagate(
@@ -172,9 +179,7 @@ def propagate(
         labels = {
             dim: ledger.add_axis(tuple(names), tensor, dim) for dim in range(tensor.dim()) if tensor.shape[dim] > 1
         }
-        follower.learn(tensor, labels, is_activation=False)
-    for tensor in tensors_of(example_inputs):
-        follower.learn(tensor, {}, is_activation=True)
+        follower.learn(tensor, labels, is_weight=isinstance(tensor, nn.Parameter))
     outputs: list[tuple[str, Labels]] = []
     graph = model if record_nodes and isinstance(model, fx.GraphModule) else None
     called = model if graph is None else _Nodes(graph, follower, outputs)

@@ -15,11 +15,14 @@ from tersor.graph.rules import Call, Labels, freeze_rest, meet, rule
 def batch_norm(call: Call) -> list[Labels]:
     """Per channel: input, scale, shift and running statistics agree."""
     x = call.labels("input")
-    freeze_rest(call, x, (0, 1), "is averaged over by a batch norm")
-    parameters = [call.labels(name) for name in ("weight", "bias", "running_mean", "running_var")]
-    channels = [x.get(1), *(labels.get(0) for labels in parameters if labels)]
+    uses_batch = call.arguments.get("training", False) or call.arguments.get("running_mean") is None
+    kept = (1,) if uses_batch else (0, 1)
+    freeze_rest(call, x, kept, "is averaged over by a batch norm")
+    names = ("weight", "bias", "running_mean", "running_var")
+    given = [name for name in names if isinstance(call.arguments.get(name), Tensor)]
+    channels = [x.get(1), *(call.labels(name).get(0) for name in given)]
     meet(call, channels, call.arguments["input"].shape[1], "is normalized with a channel that no parameter controls")
-    return [{dim: v for dim, v in x.items() if dim in (0, 1)}] + [{} for _ in call.result[1:]]
+    return [{dim: v for dim, v in x.items() if dim in kept}] + [{} for _ in call.result[1:]]
 
 
 @rule("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices", "mkldnn_max_pool2d",

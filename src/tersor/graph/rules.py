@@ -45,9 +45,9 @@ class Call:
         """Labels of an operand."""
         return self.fact(tensor).labels
 
-    def is_activation(self, tensor: Tensor) -> bool:
-        """Whether an operand depends on the model's input; what does not is a weight, however it was reshaped."""
-        return self.fact(tensor).is_activation
+    def is_weight(self, tensor: Tensor) -> bool:
+        """Whether an operand is a parameter, as it is or reshaped: then its masked values are zero."""
+        return self.fact(tensor).is_weight
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """Nothing in these labels may leave."""
@@ -125,19 +125,29 @@ def pointwise(call: Call) -> Labels:
 
 
 POINTWISE_UNTAGGED = frozenset(
-    {"hardswish", "_prelu_kernel", "clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh", "dropout",
-     "native_dropout", "copy", "celu", "glu_jvp", "feature_dropout", "alpha_dropout"}
-)  # fmt: skip
+    {"hardswish", "_prelu_kernel", "dropout", "native_dropout", "copy", "celu", "feature_dropout", "alpha_dropout"}
+)
+COPIES = frozenset({"clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh"})
+"""Pointwise operators that leave every value as it is."""
+MOVEMENT: set[str] = set()
+"""Operators that only move values; filled by ``movement.py``."""
 
 
 def find_rule(operator: Any) -> Rule | None:
     """The rule for an operator, or None where its effect is unknown."""
     name = base_name(operator)
+    if name in MOVEMENT and operator._schema.is_mutable:
+        return None  # unsqueeze_ and the like: the operand has lost the shape that its labels belong to
     if name in RULES:
         return RULES[name]
-    if torch.Tag.pointwise in operator.tags or name in POINTWISE_UNTAGGED:
+    if torch.Tag.pointwise in operator.tags or name in POINTWISE_UNTAGGED | COPIES:
         return pointwise
     return None
+
+
+def preserves_values(operator: Any) -> bool:
+    """Whether what is zero in the operand is zero in the result, and nothing else is changed."""
+    return base_name(operator) in MOVEMENT | COPIES
 
 
 def freeze_rest(call: Call, labels: Labels, used: Iterable[int], reason: str) -> None:

@@ -100,8 +100,8 @@ class Pruner(Compressor):
             masks: as :meth:`get_masks` returns them (float 0/1 masks too), or the path of a masks file.
 
         Raises:
-            UnmatchedError: the model has no such module or target; nothing is changed then.
-            MaskError: they have other shapes or values, or would empty a layer; nothing is changed then.
+            MaskError: they belong to another model, hold other values than 0 and 1, or would empty a layer; nothing is
+                changed then.
             CheckpointError: the file is missing, damaged or no masks file.
         """
         given = load_masks(masks) if isinstance(masks, (str, os.PathLike)) else masks

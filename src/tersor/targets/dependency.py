@@ -45,10 +45,14 @@ def auto_set_dependency_group_ids(model: nn.Module, config_list: ConfigList, dum
         if classes is not None:
             sequences.setdefault(classes.tobytes(), []).append(target)
     grouped: list[dict[str, Any]] = []
-    for number, (classes, targets) in enumerate(sequences.items()):
+    groups = 0
+    for classes, targets in sequences.items():
         run = _run_length(classes)
-        if len(targets) > 1 or run > 1:
-            grouped += _entries(targets, f"dependency_{number}" if len(targets) > 1 else None, run)
+        if len(targets) > 1:
+            grouped += _entries(targets, f"dependency_{groups}", run)
+            groups += 1
+        elif run > 1:
+            grouped += _entries(targets, None, run)
     given = read_config_file(config_list) if isinstance(config_list, (str, os.PathLike)) else config_list
     return [*given, *grouped]
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
@@ -21,14 +22,11 @@ from tersor.graph.coupling import Coupling, coupling_of
 from tersor.targets.channels import channel_dims
 from tersor.targets.granularity import Blocks, block_of
 from tersor.targets.resolve import Resolution, TargetConfig, resolve_targets
+from tersor.targets.settings import SETTINGS
 
 OUT_CHANNEL = Granularity(name="out_channel")
 ELEMENTS = Granularity(block=(1,))
-_PLAIN = {"granularity": "default", "apply_method": "mul"}
-"""What a table need not say."""
-_ELSEWHERE = ("align", "dependency_group_id", "global_group_id")
-"""What it says in another column."""
-COLUMNS = ("target", "type", "action", "setting", "group", "reason")
+COLUMNS = ("target", "action", "setting", "group", "reason")
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,20 +115,31 @@ class Plan:
         self.rows = tuple(_row(mode, target, mates[_dependency(target)]) for target in targets)
 
     def table(self) -> Table:
-        """The plan as a rich table; modules that are skipped stand below, with the reason."""
-        table = Table(title=f"Plan: {self.mode}", title_justify="left", pad_edge=False)
-        rows = [_cells(row) for row in self.rows]
+        """The plan as a rich table; modules that are skipped stand below, with the reason.
+
+        What a reader knows already is left out: settings that are everyone's default, types of modules, and lines of
+        their own for what follows another target of its module, such as a bias.
+        """
+        rows: list[dict[str, str]] = []
+        before: PlanRow | None = None
+        for row in self.rows:
+            if before and row.module == before.module and row.reason == f"follows {before.target}":
+                rows[-1]["target"] += f", {row.target}"
+            else:
+                rows.append(_cells(row, self.mode))
+                before = row
         by_reason: dict[str, list[str]] = defaultdict(list)
         for name, reason in self.skipped.items():
             by_reason[reason].append(name or "(the model itself)")
         for reason, names in by_reason.items():
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             rows.append({"target": shown, "action": "nothing", "reason": reason})
-        headings = dict.fromkeys(heading for row in rows for heading, text in row.items() if text)
-        for heading in [name for name in COLUMNS if name in headings]:
-            table.add_column(heading, overflow="fold")
+        used = [heading for heading in COLUMNS if any(row.get(heading) for row in rows)]
+        table = Table(title=f"Plan: {self.mode}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for heading in used:
+            table.add_column(heading, overflow="fold", no_wrap=heading == "action")
         for row in rows:
-            table.add_row(*(escape(row.get(heading, "")) for heading in COLUMNS if heading in headings))
+            table.add_row(*(escape(row.get(heading, "")) for heading in used))
         return table
 
     def __rich__(self) -> Table:
@@ -312,15 +321,19 @@ def _pruning_action(
     return "prune", removes, partly
 
 
-def _cells(row: PlanRow) -> dict[str, str]:
-    """A row for the table: only what a reader does not know already."""
-    setting = {key: value for key, value in row.setting.items() if _PLAIN.get(key) != value and key not in _ELSEWHERE}
+def _cells(row: PlanRow, mode: Mode) -> dict[str, str]:
+    """A row for the table."""
+    known = {**SETTINGS[mode].generic.as_config(), "quant_dtype": None, "lambda": None}
+    setting = [
+        f"{key}={value}"
+        for key, value in row.setting.items()
+        if known.get(key) != value and key not in ("align", "dependency_group_id", "global_group_id")
+    ]
     count = "" if row.removes is None or row.action == "nothing" else f" {row.removes} of {row.blocks}"
     return {
         "target": f"{row.module}.{row.target}" if row.module else row.target,
-        "type": row.type,
         "action": row.action + count,
-        "setting": ", ".join(f"{key}={value}" for key, value in setting.items()),
+        "setting": "\n".join(setting),
         "group": row.group,
         "reason": row.reason,
     }

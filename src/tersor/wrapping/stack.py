@@ -121,12 +121,12 @@ class Mask(Transform):
             self.register_buffer(f"factor_{number}", vector.to(device) if device else vector)
             self._factors.append(f"factor_{number}")
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """A mask takes the factors that a checkpoint holds, however many they are."""
         names = [name for name in state_dict if name.startswith(f"{prefix}factor_")]
         device = self.factors[0].device if self.factors else None
         self.set([state_dict[name] for name in names], device)
-        super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportArgumentType]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def product(self, shape: Sequence[int] | None = None) -> Tensor:
         """The mask as one bool tensor: of the given shape, or as small as broadcasting allows."""

@@ -55,8 +55,9 @@ class Wrapper:
         own = {**self.module._parameters, **self.module._buffers}
         tensor = own.get(target)
         if tensor is None:
+            own |= getattr(self.module, "parametrizations", {})
             raise UnmatchedError(
-                f"{type(self.module).__name__} has no parameter or buffer {target!r}",
+                f"{parametrize.type_before_parametrizations(self.module).__name__} has no tensor {target!r}",
                 where=self.name,
                 legal=[name for name, value in own.items() if value is not None],
                 remedy=nearest(target, own),

@@ -87,7 +87,7 @@ class ModelWrappers:
                     wrapper = self[module]
                     shape = mask.shape if target.startswith((INPUT, OUTPUT)) else wrapper.tensor(target).shape
                 except UnmatchedError as error:
-                    raise MaskError(error.what, where=where, remedy=error.remedy) from None
+                    raise MaskError(error.what, where=where, legal=error.legal, remedy=error.remedy) from None
                 check_shape(mask, shape, where)
                 as_bool(mask, where)
 
