@@ -13,7 +13,8 @@ from tersor.config.parse import ConfigList
 from tersor.errors import ConflictError, TrainingError
 from tersor.graph.coupling import Coupling, coupling_of
 from tersor.graph.inputs import evaluating, run
-from tersor.targets.plan import OUT_CHANNEL, make_plan
+from tersor.targets.plan import make_plan
+from tersor.targets.planned import OUT_CHANNEL
 from tersor.training import Evaluator, check_limits
 from tersor.wrapping import ModelWrappers
 
@@ -72,7 +73,12 @@ class Compressor(ABC):
                 coupling = coupling_of(model, example_inputs)
             self.plan = make_plan(model, config_list, self.mode, coupling, self.default_granularity)
         self._refuse_overlap()
-        self._wrap_targets()
+        try:
+            self._wrap_targets()
+        except Exception:
+            if previous is None:
+                self.wrappers.detach()
+            raise
         self._chain.append(self)
 
     @classmethod

@@ -18,7 +18,7 @@ def test_calls():
 def test_fresh_inputs_keep_kind_at_another_batch_size():
     example = {"image": torch.randn(2, 3, 4) * 5 + 100, "ids": torch.tensor([[1, 7], [2, 9]]), "scale": torch.ones(5)}
     state = torch.get_rng_state()
-    fresh = fresh_inputs(example)
+    fresh = fresh_inputs(example, 1)
     assert torch.equal(state, torch.get_rng_state())
     assert fresh["image"].shape == (1, 3, 4)
     assert 90 < fresh["image"].mean() < 110

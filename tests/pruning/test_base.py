@@ -147,7 +147,7 @@ def test_masks_go_round(form, pruner_class, tmp_path):
     ("masks", "error", "words"),
     [
         ({"stem": {"weight": torch.ones(8, 3, 3, 3)}}, MaskError, "'stem'"),
-        ({"0": {"wieght": torch.ones(8, 3, 3, 3)}}, MaskError, r"0\.wieght: .*no parameter or buffer"),
+        ({"0": {"wieght": torch.ones(8, 3, 3, 3)}}, MaskError, "Did you mean 'weight'"),
         ({"0": {"weight": torch.ones(8, 3, 3, 2)}}, MaskError, r"\(8, 3, 3, 2\).*\(8, 3, 3, 3\)"),
         ({"0": {"weight": torch.full((8, 3, 3, 3), 0.5)}}, MaskError, "0 .removes. and 1 .keeps."),
         ({"0": {"weight": torch.zeros(8, 3, 3, 3)}}, EmptyLayerError, "all 8"),

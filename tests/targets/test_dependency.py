@@ -30,7 +30,7 @@ def test_layers_that_are_added_share_a_group():
         (frozenset({"stem", "conv2"}), True, "default"),
         (frozenset({"conv3", "project"}), True, "default"),
     }
-    assert len({entry["dependency_group_id"] for entry in config_list[1:]}) == 2
+    assert [entry["dependency_group_id"] for entry in config_list[1:]] == ["dependency_0", "dependency_1"]
 
 
 def test_grouped_convolutions_are_cut_in_runs():
@@ -62,9 +62,11 @@ def test_layers_that_are_joined_need_no_group():
     assert tersor.auto_set_dependency_group_ids(Dense(), CONV, X) == CONV
 
 
-def test_tokens_that_are_added_share_a_group_also_where_they_cannot_leave():
-    given = [{"op_types": ["Linear"], "op_names": ["fc1"], "sparse_ratio": 0.5}]
-    assert tersor.auto_set_dependency_group_ids(Tokens(), given, torch.randint(0, 11, (2, 4))) == given
+def test_tokens_that_are_added_share_a_group():
+    """An embedding has its channels in the second dimension."""
+    given = [{"op_types": ["Linear", "Embedding"], "sparse_ratio": 0.5}]
+    config_list = tersor.auto_set_dependency_group_ids(Tokens(), given, torch.randint(0, 11, (2, 4)))
+    assert grouped(config_list, given) == {(frozenset({"embed", "fc2"}), True, "default")}
 
 
 def test_settings_are_kept_and_different_ones_stand_apart():

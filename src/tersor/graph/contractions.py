@@ -77,7 +77,7 @@ def _grouped_convolution(call: Call, x: Tensor | None, w: Labels) -> Labels:
 @rule("mm", "bmm")
 def matrix_product(call: Call) -> Labels:
     """``y[.., i, j] = sum_k a[.., i, k] * b[.., k, j]``; leading dimensions are one batch for both."""
-    left, right = [argument.name for argument in call.operator._schema.arguments]
+    left, right = [argument.name for argument in call.operator._schema.arguments][:2]
     return _product(call, left, right)
 
 
@@ -100,7 +100,7 @@ def _product(call: Call, left: str, right: str) -> Labels:
 @rule("addmm", "baddbmm")
 def added_matrix_product(call: Call) -> Labels:
     """``y = c + a @ b``, where ``c`` broadcasts."""
-    names = [argument.name for argument in call.operator._schema.arguments]
+    names = [argument.name for argument in call.operator._schema.arguments][:3]
     addend: Tensor = call.arguments[names[0]]
     c, rank = call.labels(names[0]), call.result.dim()
     labels = _product(call, names[1], names[2])

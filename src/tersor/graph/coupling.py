@@ -73,6 +73,7 @@ class Coupling:
         written: labels that a contraction computes.
         read: labels that a contraction sums over.
         unknown: operators without a rule that touched labels.
+        unused: tensors that no operator touched: parts of the model that this run did not reach keep their sizes.
         nodes: labels of each node's result, where the model is a GraphModule and they were asked for.
     """
 
@@ -83,6 +84,7 @@ class Coupling:
         self.axes: tuple[Axis, ...] = tuple(propagation.ledger.axes)
         self.classes, self.reasons, self.written, self.read = propagation.ledger.solve()
         self.unknown: Mapping[str, int] = propagation.unknown
+        self.unused: tuple[str, ...] = propagation.unused
         self._by_place = {(name, axis.dim): axis for axis in self.axes for name in axis.names}
 
     @cached_property
@@ -187,11 +189,12 @@ class Coupling:
         """Which labels' slices of their tensors are masked in whole, boolean, indexed by label."""
         masked = np.zeros(len(self.classes), dtype=bool)
         for axis in self.axes:
-            mask = next((m for name in axis.names if (m := _find(masks, name)) is not None), None)
-            if mask is not None and mask.shape[axis.dim] == axis.size:
-                others = [dim for dim in range(mask.dim()) if dim != axis.dim]
-                alive = mask.bool().any(dim=others) if others else mask.bool()
-                masked[axis.span] = ~alive.cpu().numpy()
+            for name in axis.names:
+                mask = _find(masks, name)
+                if mask is not None and mask.shape[axis.dim] in (1, axis.size):
+                    others = [dim for dim in range(mask.dim()) if dim != axis.dim]
+                    alive = mask.bool().any(dim=others) if others else mask.bool()
+                    masked[axis.span] |= ~alive.cpu().numpy()
         return masked
 
     def _cut_by(self, role: np.ndarray, masked: np.ndarray) -> np.ndarray:

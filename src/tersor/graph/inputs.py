@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,36 +52,44 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(map_tensors(item, function) for item in value)
     if isinstance(value, dict):
-        return {key: map_tensors(item, function) for key, item in value.items()}
+        mapped = copy.copy(value)  # a subclass stays one
+        mapped.update({key: map_tensors(item, function) for key, item in value.items()})
+        return mapped
     return value
 
 
-def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclass-like outputs, in order."""
+def tensors_of(value: Any, _seen: frozenset[int] = frozenset()) -> list[Tensor]:
+    """Every tensor in nested tuples, lists, mappings and objects with attributes, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in tensors_of(item)]
-    if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in tensors_of(item)]
-    if hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
-        return [tensor for item in vars(value).values() for tensor in tensors_of(item)]
-    return []
+        items: Any = value.values()
+    elif isinstance(value, (tuple, list)):
+        items = value
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and id(value) not in _seen:
+        items, _seen = vars(value).values(), _seen | {id(value)}
+    else:
+        return []
+    return [tensor for item in items for tensor in tensors_of(item, _seen)]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by qualified name, tied ones under each name."""
-    modules = model.named_modules(remove_duplicate=False)
+    """All parameters and buffers by qualified name; tied ones under the name in each module that has them."""
     return {
         f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, module in modules
+        for prefix, module in model.named_modules()
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]
         if tensor is not None
     }
 
 
-def fresh_inputs(example_inputs: Any, *, batch_dim: int = 0, seed: int = 0) -> Any:
-    """New inputs of the same kind as the example, at another batch size: one sample, or two if the example has one.
+def batch_size(example_inputs: Any, batch_dim: int = 0) -> int:
+    """The size of the first tensor along the batch dimension; 0 where no tensor has one."""
+    return next((t.shape[batch_dim] for t in tensors_of(example_inputs) if t.dim() > batch_dim), 0)
+
+
+def fresh_inputs(example_inputs: Any, samples: int, *, batch_dim: int = 0, seed: int = 0) -> Any:
+    """New inputs of the same kind as the example, at another batch size.
 
     Floating tensors are drawn from a normal distribution with the example's mean and standard deviation; integer and
     boolean tensors (token ids, masks) repeat the example's own rows in another order, so that they stay legal.
@@ -88,48 +97,70 @@ def fresh_inputs(example_inputs: Any, *, batch_dim: int = 0, seed: int = 0) -> A
 
     Args:
         example_inputs: as for :func:`as_call`.
+        samples: the new batch size.
         batch_dim: the dimension that holds the batch.
         seed: of the draws; the global random state is not used.
 
-    >>> fresh_inputs(torch.zeros(8, 3)).shape, fresh_inputs(torch.zeros(1, 3)).shape
-    (torch.Size([1, 3]), torch.Size([2, 3]))
+    >>> fresh_inputs(torch.zeros(8, 3), 5).shape
+    torch.Size([5, 3])
     """
-    batched = [tensor for tensor in tensors_of(example_inputs) if tensor.dim() > batch_dim]
-    batch = batched[0].shape[batch_dim] if batched else 0
-    generator = torch.Generator().manual_seed(seed)
+    batch = batch_size(example_inputs, batch_dim)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
 
     def renew(tensor: Tensor) -> Tensor:
         is_batched = tensor.dim() > batch_dim and tensor.shape[batch_dim] == batch
         shape = list(tensor.shape)
         if is_batched:
-            shape[batch_dim] = 1 if batch > 1 else 2
+            shape[batch_dim] = samples
         if tensor.is_floating_point():
-            spread = tensor.float().std() if tensor.numel() > 1 else torch.tensor(0.0)
-            noise = torch.randn(shape, generator=generator) * (spread.cpu() or 1.0) + tensor.float().mean().cpu()
+            spread = float(tensor.float().std()) if tensor.numel() > 1 else 0.0
+            noise = torch.randn(shape, generator=generator, device="cpu") * (spread or 1.0) + float(
+                tensor.float().mean()
+            )
             return noise.to(device=tensor.device, dtype=tensor.dtype)
         if not is_batched:
             return tensor
-        rows = torch.randint(batch, (shape[batch_dim],), generator=generator).to(tensor.device)
+        rows = torch.randint(batch, (samples,), generator=generator, device="cpu").to(tensor.device)
         return tensor.index_select(batch_dim, rows)
 
     return map_tensors(example_inputs, renew)
 
 
+def copied(example_inputs: Any) -> Any:
+    """Example inputs in new tensors and containers, for a model that may write into them."""
+    return map_tensors(example_inputs, torch.clone)
+
+
 @contextmanager
-def evaluating(model: nn.Module) -> Any:
-    """Eval mode without gradients and without fused attention fast paths; every module's flag is restored."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients and without fused attention fast paths; nothing of it remains.
+
+    Train/eval flags, buffers that ``forward`` writes and the random state are put back. Runs under it draw the same
+    random numbers.
+    """
     training = [module for module in model.modules() if module.training]
     fastpath = torch.backends.mha.get_fastpath_enabled()
+    buffers = [
+        (module, name, buffer, None if buffer.is_meta else buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     for module in training:
         module.training = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module in training:
             module.training = True
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            if value is not None and value.shape == buffer.shape:
+                buffer.data = value
 
 
 def run(model: nn.Module, example_inputs: Any) -> Any:

@@ -65,7 +65,7 @@ class Ledger:
         axis = Axis(names, tensor.dim(), dim, tensor.shape[dim], self.count, isinstance(tensor, nn.Parameter))
         self.axes.append(axis)
         self.count += axis.size
-        return torch.arange(axis.start, self.count)
+        return torch.arange(axis.start, self.count, device="cpu")
 
     def join(self, a: Tensor, b: Tensor, reason: str) -> None:
         """The indices of two label vectors of equal length agree, one by one.
@@ -104,7 +104,7 @@ class Ledger:
         b = _concatenated([b for _, b, _ in self._joins])
         known = (a != UNKNOWN) & (b != UNKNOWN)
         classes = connected_components(self.count, a[known], b[known])
-        frozen = [(torch.zeros(1, dtype=torch.int64), "no parameter controls it"), *self._frozen]
+        frozen = [(torch.zeros(1, dtype=torch.int64, device="cpu"), "no parameter controls it"), *self._frozen]
         frozen += self._met_unknown(a, b, known)
         owner = np.repeat(np.arange(len(frozen)), [len(vector) for vector, _ in frozen])
         labels, first = np.unique(classes[_concatenated([vector for vector, _ in frozen])], return_index=True)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tersor.errors import TraceError
 from tersor.graph import contractions, movement, reductions
-from tersor.graph.inputs import evaluating, named_tensors, run, tensors_of
+from tersor.graph.inputs import copied, evaluating, named_tensors, run, tensors_of
 from tersor.graph.labels import Ledger
 from tersor.graph.rules import Call, Labels, base_name, find_rule, preserves_values
 
@@ -32,12 +34,14 @@ class Propagation:
     Attributes:
         ledger: all labels, joins and freezes.
         unknown: operators without a rule that touched labels, with the number of calls.
+        unused: parameters that no operator touched in this run.
         outputs: where asked for: for each tensor that a module call returned, in order, the module's name and the
             labels of the tensor, which say what remains of it when labels leave.
     """
 
     ledger: Ledger
     unknown: Mapping[str, int]
+    unused: tuple[str, ...]
     outputs: tuple[tuple[str, Labels], ...]
 
 
@@ -66,6 +70,7 @@ class _Follower(TorchDispatchMode):
         self._facts: dict[Key, _Fact] = {}
         self._views: dict[int, set[Key]] = {}
         self._storages: dict[int, Any] = {}
+        self.used: set[int] = set()
 
     def learn(self, tensor: Tensor, labels: Labels, *, is_weight: bool = False) -> None:
         """Remember what is known of a tensor."""
@@ -85,7 +90,9 @@ class _Follower(TorchDispatchMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         # An operator may change its operand's shape in place, so facts are looked up before it runs.
-        facts = {id(tensor): self.fact(tensor) for tensor in tensors_of([args, kwargs])}
+        operands = tensors_of([args, kwargs])
+        facts = {id(tensor): self.fact(tensor) for tensor in operands}
+        self.used.update(_key(tensor)[0] for tensor in operands)
         result = func(*args, **kwargs)
         outputs = tensors_of(result)
         labels = self._apply(func, args, kwargs, result, facts) if any(f.labels for f in facts.values()) else {}
@@ -170,6 +177,9 @@ def propagate(
     Raises:
         TraceError: the model does not run on these inputs.
     """
+    for name, tensor in named_tensors(model).items():
+        if is_lazy(tensor):
+            raise TraceError("a lazy parameter has no shape yet", where=name, remedy="Run the model once before.")
     ledger = Ledger()
     follower = _Follower(ledger)
     owners: dict[Tensor, list[str]] = {}
@@ -194,8 +204,9 @@ def propagate(
             stack.callback(register_module_forward_hook(record).remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(follower)
-        result = run(called, example_inputs)
+        result = run(called, copied(example_inputs))
     for tensor in tensors_of(result):
         for vector in follower.fact(tensor).labels.values():
             ledger.freeze(vector, "is the model's own output")
-    return Propagation(ledger, dict(follower.unknown), tuple(outputs))
+    unused = tuple(names[0] for tensor, names in owners.items() if _key(tensor)[0] not in follower.used)
+    return Propagation(ledger, dict(follower.unknown), unused, tuple(outputs))

@@ -85,7 +85,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def unknown_vector(size: int) -> Tensor:
     """Labels for ``size`` indices that no parameter controls."""
-    return torch.full((size,), UNKNOWN, dtype=torch.int64)
+    return torch.full((size,), UNKNOWN, dtype=torch.int64, device="cpu")
 
 
 def meet(call: Call, vectors: Sequence[Tensor | None], size: int, reason: str) -> Tensor | None:
@@ -138,7 +138,7 @@ def find_rule(operator: Any) -> Rule | None:
     name = base_name(operator)
     if name in MOVEMENT and operator._schema.is_mutable:
         return None  # unsqueeze_ and the like: the operand has lost the shape that its labels belong to
-    if name in RULES:
+    if name in RULES and operator.namespace == "aten":
         return RULES[name]
     if torch.Tag.pointwise in operator.tags or name in POINTWISE_UNTAGGED | COPIES:
         return pointwise
@@ -147,7 +147,7 @@ def find_rule(operator: Any) -> Rule | None:
 
 def preserves_values(operator: Any) -> bool:
     """Whether what is zero in the operand is zero in the result, and nothing else is changed."""
-    return base_name(operator) in MOVEMENT | COPIES
+    return operator.namespace == "aten" and base_name(operator) in MOVEMENT | COPIES
 
 
 def freeze_rest(call: Call, labels: Labels, used: Iterable[int], reason: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from tersor.graph.inputs import as_call, evaluating, named_tensors, run, tensors_of
+from tersor.graph.inputs import as_call, copied, evaluating, named_tensors, run, tensors_of
 
 
 class TracedInt(int):
@@ -198,6 +198,7 @@ def concrete_trace(
     >>> [node.target for node in traced.graph.nodes if node.op == "call_module"]
     ['0', '1']
     """
+    example_inputs = copied(example_inputs)
     args, kwargs = as_call(example_inputs)
     tracer = _Tracer(model, (*leaf_types, *LEAVES))
     names = list(inspect.signature(model.forward).parameters)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tersor.config import Align, PruningSpec
 from tersor.errors import ConflictError, MaskError
 from tersor.targets.channels import activation_channel_dim
-from tersor.targets.plan import PlannedTarget
+from tersor.targets.planned import PlannedTarget
 
 ShapeOf = Callable[[str, str], torch.Size | None]
 

@@ -17,7 +17,7 @@ from tersor.pruning.allocation import Request, allocate
 from tersor.pruning.sparsity import Sparsity, measure_sparsity
 from tersor.storage import load_masks
 from tersor.targets.granularity import Blocks
-from tersor.targets.plan import PlannedTarget
+from tersor.targets.planned import PlannedTarget
 from tersor.wrapping.stack import as_bool, compact
 
 
@@ -107,7 +107,7 @@ class Pruner(Compressor):
         given = load_masks(masks) if isinstance(masks, (str, os.PathLike)) else masks
         self.wrappers.check_masks(given)
         own = {
-            module: {target: compact(as_bool(mask, f"{module}.{target}")) for target, mask in targets.items()}
+            module: {target: compact(as_bool(mask, f"{module}.{target}")).clone() for target, mask in targets.items()}
             for module, targets in given.items()
         }
         self._apply(own)

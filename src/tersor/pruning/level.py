@@ -9,7 +9,7 @@ from torch import Tensor
 from tersor.pruning.base import Pruner
 from tersor.pruning.scores import block_norm
 from tersor.targets.granularity import Blocks
-from tersor.targets.plan import ELEMENTS
+from tersor.targets.planned import ELEMENTS
 
 
 @final

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tersor.config import PruningSpec
 from tersor.graph.coupling import Masks
-from tersor.targets.plan import Plan, PlannedTarget, PlanRow, removed_count
+from tersor.targets.plan import Plan
+from tersor.targets.planned import PlannedTarget
+from tersor.targets.rows import PlanRow, removed_count
 
 
 @dataclass(frozen=True)

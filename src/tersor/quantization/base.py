@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tersor.compressor import Compressor
 from tersor.errors import UnmatchedError, nearest
-from tersor.targets.plan import PlannedTarget
+from tersor.targets.planned import PlannedTarget
 from tersor.wrapping import Stage, Transform
 
 CalibrationConfig = dict[str, dict[str, dict[str, Any]]]

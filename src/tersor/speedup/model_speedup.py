@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tersor.errors import MaskError, TraceError, VerificationError, WrapError, nearest
 from tersor.graph.coupling import Coupling, Masks, coupling_of
-from tersor.graph.inputs import fresh_inputs, named_tensors
+from tersor.graph.inputs import batch_size, fresh_inputs, named_tensors
 from tersor.graph.trace import concrete_trace
 from tersor.speedup.literals import rewrite_sizes
 from tersor.speedup.slicing import Snapshot, bake, cut
@@ -46,12 +46,14 @@ class SpeedupReport:
     Attributes:
         shapes: for each tensor that was cut, its shape before and after.
         left_alone: what the masks removed and the speedup could not; masked values are zero there.
+        unused: tensors that the run on the example inputs did not reach; they keep their sizes.
         error: largest difference of the small model's outputs from the masked model's, relative to the largest output;
             None where verification was turned off.
     """
 
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
     left_alone: tuple[LeftAlone, ...]
+    unused: tuple[str, ...]
     error: float | None
 
 
@@ -105,6 +107,7 @@ class ModelSpeedup:
         self.model = model
         self.dummy_input = dummy_input
         self.masks = _checked(model, given)
+        self._simulated_only = tuple(_simulated_only(given))
         self.verify = verify
         self.tolerance = tolerance
         self.batch_dim = batch_dim
@@ -121,11 +124,11 @@ class ModelSpeedup:
         removed = coupling.removed(self.masks)
         masks, kept = coupling.complete(self.masks, removed), coupling.kept(removed)
         tensors = named_tensors(self.model)
-        inputs = fresh_inputs(coupling.example_inputs, batch_dim=self.batch_dim) if self.verify else None
-        small, error = self.model, None
+        small, error, inputs, expected = self.model, None, None, []
         with Snapshot(self.model) as snapshot:
             bake(tensors, masks)
-            expected = outputs_of(self.model, inputs) if self.verify else []
+            if self.verify:
+                inputs, expected = self._expected(coupling.example_inputs)
             shapes = cut(self.model, tensors, kept)
             if self.verify:
                 error = _error(small, inputs, expected)
@@ -137,8 +140,19 @@ class ModelSpeedup:
                     error = _error(small, inputs, expected)
                 if error > self.tolerance:
                     raise self._divergence(coupling, removed, masks, snapshot, inputs)
-        self.report = SpeedupReport(shapes, tuple(_left_alone(coupling, self.masks, removed)), error)
+        left_alone = (*_left_alone(coupling, self.masks, removed), *self._simulated_only)
+        self.report = SpeedupReport(shapes, left_alone, coupling.unused, error)
         return small
+
+    def _expected(self, example_inputs: Any) -> tuple[Any, list[Tensor]]:
+        """Fresh inputs at another batch size, a small one where the model takes it, and the masked model's outputs."""
+        given = batch_size(example_inputs, self.batch_dim)
+        try:
+            inputs = fresh_inputs(example_inputs, 1 if given > 1 else 2, batch_dim=self.batch_dim)
+            return inputs, outputs_of(self.model, inputs)
+        except TraceError:  # a batch norm without running statistics refuses a single sample
+            inputs = fresh_inputs(example_inputs, given + 1, batch_dim=self.batch_dim)
+            return inputs, outputs_of(self.model, inputs)
 
     def _rewritten(self, coupling: Coupling) -> nn.Module:
         """The model as a graph, with the sizes in its code rewritten to what will be left."""
@@ -184,6 +198,15 @@ def _checked(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
             check_shape(mask, tensors[name].shape, name)
             checked.setdefault(module, {})[target] = compact(as_bool(mask, name))
     return checked
+
+
+def _simulated_only(masks: Masks) -> Iterator[LeftAlone]:
+    """Masks of inputs and outputs, which are not burnt in: what they silence is back where it did not leave."""
+    for module, targets in masks.items():
+        for target, mask in targets.items():
+            if target.startswith(("_input_", "_output_")):
+                count = int((~mask.bool()).sum())
+                yield LeftAlone(f"{module}.{target}", count, "an input or output has no values to burn a mask into")
 
 
 def _left_alone(coupling: Coupling, masks: Masks, removed: np.ndarray) -> Iterator[LeftAlone]:

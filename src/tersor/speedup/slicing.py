@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 
+import torch
 from torch import Tensor, nn
 
 from tersor.graph.inputs import named_tensors
@@ -88,8 +89,11 @@ def cut(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, Mapp
 
 
 def _select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
+    whole = tensor
     for dim, vector in dims.items():
         tensor = tensor.index_select(dim, vector.nonzero().flatten().to(tensor.device))
+    if whole.dim() == 4 and not whole.is_contiguous() and whole.is_contiguous(memory_format=torch.channels_last):
+        return tensor.contiguous(memory_format=torch.channels_last)
     return tensor
 
 

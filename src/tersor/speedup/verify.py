@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tersor.errors import TraceError, VerificationError
 from tersor.graph.coupling import Coupling
-from tersor.graph.inputs import evaluating, run, tensors_of
+from tersor.graph.inputs import copied, evaluating, run, tensors_of
 from tersor.graph.propagate import propagate
 
 ModuleOutputs = list[tuple[str, Tensor]]
@@ -20,7 +20,7 @@ ModuleOutputs = list[tuple[str, Tensor]]
 def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Every tensor that the model returns for the inputs, in eval mode."""
     with evaluating(model):
-        return tensors_of(run(model, inputs))
+        return tensors_of(run(model, copied(inputs)))
 
 
 def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
@@ -60,7 +60,7 @@ def module_outputs(model: nn.Module, inputs: Any) -> tuple[ModuleOutputs, str]:
     handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules()]
     try:
         with evaluating(model):
-            run(model, inputs)
+            run(model, copied(inputs))
     except TraceError as error:
         return recorded, error.what
     finally:

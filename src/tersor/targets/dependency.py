@@ -13,6 +13,7 @@ from tersor.config.files import read_config_file
 from tersor.config.parse import ConfigList
 from tersor.graph.coupling import Coupling, coupling_of
 from tersor.targets.channels import channel_dims
+from tersor.targets.planned import qualified
 from tersor.targets.resolve import TargetConfig, resolve_targets
 
 BY_CHANNEL = ("default", "out_channel")
@@ -65,8 +66,7 @@ def _output_classes(target: TargetConfig, coupling: Coupling) -> np.ndarray | No
     if spec.granularity is not None and spec.granularity.name not in BY_CHANNEL:
         return None
     out_dim, _ = channel_dims(target.module, target.target_name, getattr(target.module, target.target_name).dim())
-    name = f"{target.module_name}.{target.target_name}" if target.module_name else target.target_name
-    return None if out_dim is None else coupling.classes_along(name, out_dim)
+    return None if out_dim is None else coupling.classes_along(qualified(target), out_dim)
 
 
 def _run_length(classes: bytes) -> int:

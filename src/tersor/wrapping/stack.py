@@ -207,7 +207,7 @@ def factorize(mask: Tensor) -> list[Tensor]:
     [(2, 1), (1, 3)]
     """
     if sum(size > 1 for size in mask.shape) <= 1:
-        return [] if bool(mask.all()) else [mask]
+        return [] if bool(mask.all()) else [mask.clone()]
     factors: list[Tensor] = []
     for dim in range(mask.dim()):
         others = [other for other in range(mask.dim()) if other != dim]

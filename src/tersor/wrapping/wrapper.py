@@ -33,12 +33,14 @@ class Wrapper:
         self.attached = True
         self._handles: dict[str, RemovableHandle] = {}
         self._order = [*module._parameters, *module._buffers]
+        self._not_persistent = set(module._non_persistent_buffers_set)
 
     def stack(self, target: str) -> TargetStack:
         """The stack of a target; made, and attached, when first asked for.
 
         Raises:
             UnmatchedError: the module has no such parameter or buffer.
+            WrapError: another parametrization computes it from several tensors.
         """
         if target not in self.stacks:
             if not target.startswith((INPUT, OUTPUT)):
@@ -51,7 +53,14 @@ class Wrapper:
     def tensor(self, target: str) -> Tensor:
         """The latent parameter or buffer behind a target, without any simulation."""
         if parametrize.is_parametrized(self.module, target):
-            return self.module.parametrizations[target].original  # pyright: ignore
+            original = getattr(self.module.parametrizations[target], "original", None)  # pyright: ignore
+            if original is None:
+                raise WrapError(
+                    "is computed from several tensors by another parametrization, so it has no latent value",
+                    where=f"{self.name}.{target}",
+                    remedy="Remove that parametrization first (torch.nn.utils.parametrize.remove_parametrizations).",
+                )
+            return original
         own = {**self.module._parameters, **self.module._buffers}
         tensor = own.get(target)
         if tensor is None:
@@ -141,7 +150,8 @@ class Wrapper:
             refresh_flat_weights(self.module)
 
     def _restore_order(self) -> None:
-        """Removing a parametrization puts a tensor last; ``parameters()`` must list them as before."""
+        """Removing a parametrization puts a tensor last and makes a buffer persistent; both are put right."""
+        self.module._non_persistent_buffers_set.update(self._not_persistent)
         for registry in (self.module._parameters, self.module._buffers):
             for name in [name for name in self._order if name in registry]:
                 registry[name] = registry.pop(name)  # pyright: ignore

@@ -8,8 +8,12 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from tersor.errors import MaskError, UnmatchedError, WrapError, nearest
+from tersor.graph.inputs import named_tensors
 from tersor.wrapping.stack import Mask, Stage, TargetStack, as_bool, check_shape
 from tersor.wrapping.wrapper import INPUT, OUTPUT, SIMULATION_HOOKS, Wrapper
+
+Place = tuple[str, str]
+"""Module name and target name."""
 
 
 class ModelWrappers:
@@ -26,6 +30,11 @@ class ModelWrappers:
                 remedy="Call unwrap_model() of the first compressor, or build the second with from_compressor().",
             )
         self.model = model
+        names: dict[int, list[Place]] = {}
+        for name, tensor in named_tensors(model).items():
+            module, _, target = name.rpartition(".")
+            names.setdefault(id(tensor), []).append((module, target))
+        self._ties = {place: places for places in names.values() if len(places) > 1 for place in places}
         self.by_module: dict[str, Wrapper] = {}
         self._modules = dict(model.named_modules())
 
@@ -101,11 +110,20 @@ class ModelWrappers:
             for stack in wrapper.stacks.values():
                 if isinstance(mask := stack.find(Stage.MASK), Mask):
                     mask.set(())
+        for (module, target), factors in self._over_ties(masks).items():
+            is_activation = target.startswith((INPUT, OUTPUT))
+            device = None if is_activation else self[module].tensor(target).device
+            self.mask(module, target).set(factors, device)
+
+    def _over_ties(self, masks: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> dict[Place, list[Tensor]]:
+        """Masks by place; what is masked under one name of a tied parameter is masked under all."""
+        spread: dict[Place, list[Tensor]] = {}
         for module, targets in masks.items():
             for target, factors in targets.items():
-                is_activation = target.startswith((INPUT, OUTPUT))
-                device = None if is_activation else self[module].tensor(target).device
-                self.mask(module, target).set(factors, device)
+                for place in self._ties.get((module, target), [(module, target)]):
+                    known = spread.setdefault(place, [])
+                    known += [factor for factor in factors if not any(factor is other for other in known)]
+        return spread
 
     def masks(self) -> dict[str, dict[str, Tensor]]:
         """Every mask, ``{module: {target: bool tensor}}``; targets that lose nothing are left out.

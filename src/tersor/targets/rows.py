@@ -1,0 +1,161 @@
+"""The lines of a plan, and the table that they are shown in."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from tersor.config import Mode, PruningSpec
+from tersor.targets.planned import PlannedTarget
+from tersor.targets.settings import SETTINGS
+
+COLUMNS = ("target", "action", "setting", "group", "reason")
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One line of the plan.
+
+    Attributes:
+        module: name.
+        type: class name.
+        target: name.
+        setting: the keys that apply, as a user would write them.
+        group: dependency and global group.
+        blocks: how many blocks there are.
+        removes: how many of them will go, where that is decided by this target alone.
+        action: ``prune``, ``align``, ``quantize``, ``distil`` or ``nothing``.
+        reason: why, where the action is not what the setting asks for, or who asked.
+    """
+
+    module: str
+    type: str
+    target: str
+    setting: Mapping[str, Any]
+    group: str
+    blocks: int | None
+    removes: int | None
+    action: str
+    reason: str
+
+
+def plan_rows(mode: Mode, targets: Sequence[PlannedTarget]) -> tuple[PlanRow, ...]:
+    """A line for each target."""
+    mates: dict[object, list[PlannedTarget]] = defaultdict(list)
+    for target in targets:
+        mates[_dependency(target)].append(target)
+    return tuple(_row(mode, target, mates[_dependency(target)]) for target in targets)
+
+
+def _dependency(target: PlannedTarget) -> object:
+    """What targets that share a mask have in common."""
+    return getattr(target.config.spec, "dependency_group_id", None) or target
+
+
+def _row(mode: Mode, target: PlannedTarget, mates: list[PlannedTarget]) -> PlanRow:
+    config, spec = target.config, target.config.spec
+    action, removes, reason = {"quantization": "quantize", "distillation": "distil"}.get(mode, "prune"), None, ""
+    group = ""
+    if isinstance(spec, PruningSpec):
+        action, removes, reason = _pruning_action(target, spec, mates)
+        group = " ".join(name for name in (spec.dependency_group_id, spec.global_group_id) if name)
+    return PlanRow(
+        config.module_name,
+        type(config.module).__name__,
+        config.target_name,
+        spec.as_config(),
+        group,
+        target.blocks.count if target.blocks else None,
+        removes,
+        action,
+        reason,
+    )
+
+
+def _pruning_action(
+    target: PlannedTarget, spec: PruningSpec, mates: list[PlannedTarget]
+) -> tuple[str, int | None, str]:
+    if spec.align is not None:
+        source = ".".join(filter(None, (spec.align.module_name, spec.align.target_name)))
+        return "align", None, f"follows {source}"
+    if target.frozen:
+        return "nothing", 0, target.frozen
+    keys = (spec.sparse_ratio, spec.sparse_threshold, spec.min_sparse_ratio)
+    if keys == (None, None, None) or target.blocks is None:
+        return "nothing", 0, "no sparse_ratio or sparse_threshold is set"
+    partly = "" if target.stays is None else f"{int(target.stays.sum())} blocks stay: one {target.why}"
+    if spec.sparse_threshold is not None or spec.global_group_id is not None:
+        return "prune", None, partly
+    specs = [mate.config.spec for mate in mates]
+    parts = math.lcm(*(s.internal_metric_block or 1 for s in specs if isinstance(s, PruningSpec)))
+    lowest = max(s.min_sparse_ratio or 0.0 for s in specs if isinstance(s, PruningSpec))
+    ratio = min(max(spec.sparse_ratio or 0.0, lowest), *(mate.greatest_ratio for mate in mates))
+    removes = parts * removed_count(ratio, target.blocks.count // parts)
+    if not removes:
+        return "nothing", 0, partly or f"{ratio:g} of {target.blocks.count // parts} blocks is less than one"
+    return "prune", removes, partly
+
+
+def removed_count(ratio: float, blocks: int) -> int:
+    """How many of a number of blocks a ratio removes: rounded down, but 0.29 of 100 is 29.
+
+    >>> removed_count(0.29, 100)
+    29
+    """
+    return int(ratio * blocks + 1e-6)
+
+
+def rows_table(mode: Mode, rows: Sequence[PlanRow], skipped: Mapping[str, str]) -> Table:
+    """Lines as a table that fits a terminal.
+
+    Args:
+        mode: the kind of compression.
+        rows: the lines.
+        skipped: modules without a target, with the reason.
+    """
+    lines: list[dict[str, str]] = []
+    before: PlanRow | None = None
+    for row in rows:
+        if before and row.module == before.module and row.reason == f"follows {before.target}":
+            lines[-1]["target"] += f", {row.target}"
+        else:
+            lines.append(_cells(row, mode))
+            before = row
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in skipped.items():
+        by_reason[reason].append(name or "(the model itself)")
+    for reason, names in by_reason.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append({"target": shown, "action": "nothing", "reason": reason})
+    used = [heading for heading in COLUMNS if any(row.get(heading) for row in lines)]
+    table = Table(title=f"Plan: {mode}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in used:
+        table.add_column(heading, overflow="fold", no_wrap=heading == "action")
+    for row in lines:
+        table.add_row(*(escape(row.get(heading, "")) for heading in used))
+    return table
+
+
+def _cells(row: PlanRow, mode: Mode) -> dict[str, str]:
+    """A row for the table."""
+    known = {**SETTINGS[mode].generic.as_config(), "quant_dtype": None, "lambda": None}
+    setting = [
+        f"{key}={value}"
+        for key, value in row.setting.items()
+        if known.get(key) != value and key not in ("align", "dependency_group_id", "global_group_id")
+    ]
+    count = "" if row.removes is None or row.action == "nothing" else f" {row.removes} of {row.blocks}"
+    return {
+        "target": f"{row.module}.{row.target}" if row.module else row.target,
+        "action": row.action + count,
+        "setting": "\n".join(setting),
+        "group": row.group,
+        "reason": row.reason,
+    }
