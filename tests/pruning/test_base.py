@@ -224,6 +224,19 @@ def test_sparsity_counts_blocks_and_elements():
     assert (fc.removed, fc.elements, fc.reason) == (0, 0.0, "is the model's own output")
 
 
+def test_sparsity_is_known_also_when_the_model_has_become_small():
+    model, x = randomize(Plain()), torch.randn(IMAGE)
+    pruner = L1NormPruner(model, [{"op_names": ["0", "3"], "sparse_ratio": 0.5}], example_inputs=x)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    before = pruner.sparsity()
+    ModelSpeedup(model, x, masks).speedup_model()
+    assert pruner.sparsity() == before
+    assert [target.removed for target in before] == [4, 3]
+    with pytest.raises(MaskError, match=r"\(8, 1, 1, 1\) does not fit .*\(4, 3, 3, 3\).*made small"):
+        pruner.get_masks()
+
+
 def test_masks_of_a_deep_copy_are_its_own():
     model, x = randomize(Plain()), torch.randn(IMAGE)
     pruner = L1NormPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}], example_inputs=x)

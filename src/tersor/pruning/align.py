@@ -11,6 +11,7 @@ from tersor.config import Align, PruningSpec
 from tersor.errors import ConflictError, MaskError
 from tersor.targets.channels import activation_channel_dim
 from tersor.targets.planned import PlannedTarget
+from tersor.wrapping.stack import check_shape
 
 ShapeOf = Callable[[str, str], torch.Size | None]
 
@@ -107,11 +108,20 @@ def _fit(lives: Tensor, shape: torch.Size | None, target: PlannedTarget, source:
 
 
 def expanded(masks: Mapping[str, Mapping[str, Tensor]], shape_of: ShapeOf) -> dict[str, dict[str, Tensor]]:
-    """Compact masks of parameters as views of the parameters' shapes; those of inputs and outputs as they are."""
+    """Compact masks of parameters as views of the parameters' shapes; those of inputs and outputs as they are.
+
+    Raises:
+        MaskError: a parameter has another shape by now.
+    """
     return {
-        module: {
-            target: mask if target.startswith("_") else mask.expand(shape_of(module, target) or mask.shape)
-            for target, mask in targets.items()
-        }
+        module: {target: _expanded(mask, target, module, shape_of) for target, mask in targets.items()}
         for module, targets in masks.items()
     }
+
+
+def _expanded(mask: Tensor, target: str, module: str, shape_of: ShapeOf) -> Tensor:
+    shape = None if target.startswith("_") else shape_of(module, target)
+    if shape is None:
+        return mask
+    check_shape(mask, shape, f"{module}.{target}" if module else target)
+    return mask.expand(shape)

@@ -90,6 +90,9 @@ class Pruner(Compressor):
         Returns:
             masks of their parameters' shape, or broadcasting against inputs and outputs. A mask that is the same along
             a dimension is a view that takes no memory there: clone it before you change it.
+
+        Raises:
+            MaskError: the model has been made small since.
         """
         return self.wrappers.masks() if completed else expanded(self._merged(), self._shape)
 
@@ -113,8 +116,13 @@ class Pruner(Compressor):
         self._apply(own)
 
     def sparsity(self) -> list[Sparsity]:
-        """What was asked of each target and what came of it."""
-        return measure_sparsity(self.plan, self.get_masks(), self.get_masks(completed=True))
+        """What was asked of each target and what came of it; also when the model has been made small since."""
+        applied: dict[str, dict[str, Tensor]] = {}
+        for target in self.plan.targets:
+            mask = self.wrappers.mask(target.config.module_name, target.config.target_name)
+            if mask.factors:
+                applied.setdefault(target.config.module_name, {})[target.config.target_name] = mask.product()
+        return measure_sparsity(self.plan, self._merged(), applied)
 
     def _wrap_targets(self) -> None:
         self._own_masks: dict[str, dict[str, Tensor]] = {}

@@ -40,7 +40,7 @@ def measure_sparsity(plan: Plan, own: Masks, applied: Masks) -> list[Sparsity]:
 
     Args:
         plan: of the pruner.
-        own: the masks that it made, of their targets' shapes.
+        own: the masks that it made, broadcasting to their targets.
         applied: those that are simulated, completed by the graph.
     """
     found: list[Sparsity] = []
@@ -63,7 +63,9 @@ def _find(masks: Masks, target: PlannedTarget) -> Tensor | None:
 
 def _removed(target: PlannedTarget, mask: Tensor | None) -> int:
     """How many blocks of a target are masked in whole."""
-    return 0 if mask is None or target.blocks is None else int((~target.blocks.split(mask).any(-1)).sum())
+    if mask is None or target.blocks is None:
+        return 0
+    return int((~target.blocks.split(mask.expand(target.blocks.shape)).any(-1)).sum())
 
 
 def _why_less(spec: PruningSpec, row: PlanRow, removed: int, short: dict[str, str]) -> str:
