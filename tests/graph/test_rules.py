@@ -83,6 +83,10 @@ def part(net, x):
     return net.c(F.pad(net.a(x)[:, :4], (0, 2)))
 
 
+def every_other_copy(net, x):
+    return net.a(x).repeat(1, 2)[:, ::2] @ net.c.weight.T
+
+
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
@@ -100,6 +104,7 @@ def part(net, x):
         (channel_by_number, "takes it apart"),
         (no_rule, "no rule"),
         (part, "takes it apart"),
+        (every_other_copy, "takes it apart"),
     ],
 )
 def test_frozen_with_a_reason(between, reason):

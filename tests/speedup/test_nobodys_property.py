@@ -172,3 +172,26 @@ def test_a_buffer_that_is_not_persistent_stays_so():
     pruner.compress()
     pruner.unwrap_model()
     assert list(model.state_dict()) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_what_feeds_a_recurrent_layer_may_leave(kind):
+    model, x = nn.Sequential(nn.Linear(3, 6), kind(6, 4, batch_first=True)), torch.randn(2, 5, 3)
+    speedup = ModelSpeedup(model, x, {"0": {"weight": rows(6, [1, 2])}})
+    assert speedup.speedup_model()[1].input_size == model[0].out_features
+    assert speedup.report.error < 1e-5
+
+
+def test_what_feeds_an_attention_module_stays():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.attention = nn.Linear(3, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.attention(x, x, x)[0]
+
+    speedup = ModelSpeedup(Attention(), torch.randn(2, 5, 3), {"a": {"weight": rows(4, [1, 2])}})
+    assert speedup.speedup_model().a.out_features == 4
+    assert "MultiheadAttention" in speedup.report.left_alone[0].reason

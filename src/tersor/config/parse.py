@@ -43,7 +43,7 @@ def parse_config_list(config_list: ConfigList, mode: Mode, *, where: str = "conf
     Traceback (most recent call last):
     tersor.errors.UnknownKeyError: config_list[0]['sparse_ratoi']: ... Did you mean 'sparse_ratio'?
     """
-    with values.at("mode: "):
+    with values.at("mode"):
         values.choice(mode, MODES)
     if isinstance(config_list, str | os.PathLike):
         where = f"{os.fspath(config_list)}: {where}"

@@ -48,6 +48,11 @@ class Axis:
         """Where this axis stands in an array over all labels."""
         return slice(self.start, self.start + self.size)
 
+    @property
+    def labels(self) -> Tensor:
+        """The labels of its indices, shape ``(size,)``."""
+        return torch.arange(self.start, self.start + self.size, device="cpu")
+
 
 @dataclass
 class Ledger:
@@ -65,7 +70,7 @@ class Ledger:
         axis = Axis(names, tensor.dim(), dim, tensor.shape[dim], self.count, isinstance(tensor, nn.Parameter))
         self.axes.append(axis)
         self.count += axis.size
-        return torch.arange(axis.start, self.count, device="cpu")
+        return axis.labels
 
     def join(self, a: Tensor, b: Tensor, reason: str) -> None:
         """The indices of two label vectors of equal length agree, one by one.

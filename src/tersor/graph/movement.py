@@ -36,7 +36,7 @@ def move(call: Call) -> Any:
         shape[dim] = -1
         moved = _run_on(call, names, vector.reshape(shape).expand(tensor.shape))
         lines = [_line(field) for field in (moved if several else [moved])]
-        if any(line is None or not _is_whole(line[1], vector) for line in lines):
+        if any(line is None or not _is_whole(call, line[1], vector) for line in lines):
             call.ledger.freeze(vector, f"'{call.name}' takes it apart by sizes that stand in the code")
             continue
         for own, line in zip(labels, lines, strict=True):
@@ -80,8 +80,10 @@ def _line(field: Tensor) -> tuple[int, Tensor] | None:
     return varying[0], field.reshape(-1)
 
 
-def _is_whole(line: Tensor, vector: Tensor) -> bool:
-    """Whether every label of a vector is still in a line."""
+def _is_whole(call: Call, line: Tensor, vector: Tensor) -> bool:
+    """Whether every label of a vector is still in a line; a slice may not even drop copies of one."""
+    if call.name in ("slice", "narrow"):
+        return len(line) == len(vector)
     return bool(torch.isin(vector, line).all())
 
 

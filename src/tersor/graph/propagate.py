@@ -24,6 +24,9 @@ from tersor.graph.rules import Call, Labels, base_name, find_rule, preserves_val
 RULE_MODULES = (contractions, movement, reductions)
 """The modules whose import registers the rules."""
 
+FIXED = (nn.MultiheadAttention,)
+"""Modules whose code computes with their own sizes."""
+
 Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
@@ -208,5 +211,10 @@ def propagate(
     for tensor in tensors_of(result):
         for vector in follower.fact(tensor).labels.values():
             ledger.freeze(vector, "is the model's own output")
+    fixed = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, FIXED)}
+    for axis in ledger.axes:
+        kind = fixed.get(axis.name.rpartition(".")[0])
+        if kind:
+            ledger.freeze(axis.labels, f"belongs to a {kind}, which computes with its sizes")
     unused = tuple(names[0] for tensor, names in owners.items() if _key(tensor)[0] not in follower.used)
     return Propagation(ledger, dict(follower.unknown), unused, tuple(outputs))

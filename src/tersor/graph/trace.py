@@ -18,16 +18,23 @@ from tersor.graph.inputs import as_call, copied, evaluating, named_tensors, run,
 
 
 class TracedInt(int):
-    """A size of a tensor, or what was computed from one: an int that knows its node in the graph."""
+    """A size of a tensor, or what was computed from one: an int that knows its node in the graph.
+
+    Arithmetic is recorded. What a graph cannot follow (a comparison, a conversion to float) is noted as a decision.
+    """
 
     node: fx.Node
+    decisions: list[str]
 
     @staticmethod
-    def make(value: int, node: fx.Node) -> TracedInt:
+    def make(value: int, node: fx.Node, decisions: list[str]) -> TracedInt:
         """An int of this value that stands for a node."""
         traced = TracedInt(value)
         traced.node = node
+        traced.decisions = decisions
         return traced
+
+    __hash__ = int.__hash__
 
 
 def _recorded(name: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
@@ -35,12 +42,20 @@ def _recorded(name: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
 
     def method(self: TracedInt, other: Any) -> Any:
         if not isinstance(other, int) or isinstance(other, bool):
-            return NotImplemented
+            self.decisions.append(f"a size in '{name}'")
+            return getattr(int(self), f"__{'r' if reflected else ''}{name}__")(other)
         left, right = (other, self) if reflected else (self, other)
         value = function(int(left), int(right))
         arguments = tuple(side.node if isinstance(side, TracedInt) else side for side in (left, right))
-        node = self.node.graph.call_function(function, arguments)
-        return TracedInt.make(value, node) if isinstance(value, int) else value
+        return TracedInt.make(value, self.node.graph.call_function(function, arguments), self.decisions)
+
+    return method
+
+
+def _decided(name: str) -> Callable[..., Any]:
+    def method(self: TracedInt, *args: Any) -> Any:
+        self.decisions.append(f"a size in '{name.strip('_')}'")
+        return getattr(int(self), name)(*args)
 
     return method
 
@@ -48,6 +63,8 @@ def _recorded(name: str, reflected: bool) -> Callable[[TracedInt, Any], Any]:
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
     setattr(TracedInt, f"__{_name}__", _recorded(_name, reflected=False))
     setattr(TracedInt, f"__r{_name}__", _recorded(_name, reflected=True))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge", "bool", "float", "truediv", "rtruediv", "pow", "rpow", "neg", "abs"):
+    setattr(TracedInt, f"__{_name}__", _decided(f"__{_name}__"))
 
 
 class _Shape(tuple[int, ...]):
@@ -61,6 +78,10 @@ class _Shape(tuple[int, ...]):
         return product
 
 
+DECISIONS = frozenset(
+    {"__bool__", "__int__", "__float__", "__index__", "__len__", "item", "tolist", "numpy", "__array__"}
+)
+"""Methods that turn a tensor into a Python value, on which code can decide."""
 GETTERS = {"T", "mT", "H", "mH", "real", "imag", "data", "grad"}
 """Attributes of a tensor that are tensors themselves."""
 
@@ -81,6 +102,7 @@ class _Tracer(TorchFunctionMode):
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._entered: list[nn.Module] = []
+        self.decisions: list[str] = []
 
     def remember(self, value: Any, node: fx.Node) -> None:
         """A result and the node that made it; tensors inside containers are reached by item."""
@@ -151,6 +173,8 @@ class _Tracer(TorchFunctionMode):
         getter = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else ""
         if getter == "shape" or func is Tensor.size:
             return self._sizes(args[0], result, *args[1:], **kwargs)
+        if name in DECISIONS:
+            self.decisions.append(f"a tensor's {name}")
         if not tensors_of(result) and func is not Tensor.__setitem__:
             return result
         arguments, keywords = self.argument(tuple(args)), self.argument(kwargs)
@@ -166,8 +190,9 @@ class _Tracer(TorchFunctionMode):
     def _sizes(self, tensor: Tensor, result: Any, dim: int | None = None) -> Any:
         node = self.argument(tensor)
         if isinstance(result, int):
-            return TracedInt.make(result, self.graph.call_method("size", (node, dim)))
-        return _Shape(TracedInt.make(size, self.graph.call_method("size", (node, d))) for d, size in enumerate(result))
+            return TracedInt.make(result, self.graph.call_method("size", (node, dim)), self.decisions)
+        nodes = [self.graph.call_method("size", (node, d)) for d in range(len(result))]
+        return _Shape(TracedInt.make(*pair, self.decisions) for pair in zip(result, nodes, strict=True))
 
 
 OPEN = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -184,7 +209,8 @@ def concrete_trace(
 
     Control flow on values and shapes follows the example. Sizes that the code takes from tensors stay free, so the
     graph runs at another batch size; sizes that stand in the code as numbers stay numbers. The graph's modules and
-    parameters are the model's own objects, under the same names.
+    parameters are the model's own objects, under the same names. What the code decides on (a comparison of sizes, a
+    tensor as a condition) is frozen as the example has it, in eval mode, and listed in ``meta["decisions"]``.
 
     Args:
         model: any module; it is left as it was.
@@ -212,7 +238,9 @@ def concrete_trace(
         stack.enter_context(tracer)
         result = run(model, example_inputs)
     tracer.graph.output(tracer.argument(result))
-    return _graph_module(model, tracer)
+    traced = _graph_module(model, tracer)
+    traced.meta["decisions"] = tuple(dict.fromkeys(tracer.decisions))
+    return traced
 
 
 def _graph_module(model: nn.Module, tracer: _Tracer) -> fx.GraphModule:

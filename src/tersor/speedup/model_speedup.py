@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,12 @@ from tersor.speedup.verify import divergence_error, first_divergence, module_out
 from tersor.storage import load_masks
 from tersor.wrapping import is_wrapped
 from tersor.wrapping.stack import as_bool, check_shape, compact
+
+GRAPH_RETURNED = (
+    "Sizes stand in the code of forward as numbers, so a torch.fx.GraphModule with rewritten sizes is returned. It is "
+    "the graph of the model in eval mode: training branches outside torch.nn's modules are not in it. Take the sizes "
+    "from tensors (x.flatten(1)) to keep the model's own class."
+)
 
 Factors = Mapping[str, Mapping[str, tuple[Tensor, ...]]]
 
@@ -134,10 +141,7 @@ class ModelSpeedup:
                 error = _error(small, inputs, expected)
                 if error > self.tolerance:
                     snapshot.restore()
-                    small = self._rewritten(coupling)
-                    bake(tensors, masks)
-                    cut(self.model, tensors, kept)
-                    error = _error(small, inputs, expected)
+                    small, error = self._rewritten(coupling, masks, kept, error)
                 if error > self.tolerance:
                     raise self._divergence(coupling, removed, masks, snapshot, inputs)
         left_alone = (*_left_alone(coupling, self.masks, removed), *self._simulated_only)
@@ -154,17 +158,35 @@ class ModelSpeedup:
             inputs = fresh_inputs(example_inputs, given + 1, batch_dim=self.batch_dim)
             return inputs, outputs_of(self.model, inputs)
 
-    def _rewritten(self, coupling: Coupling) -> nn.Module:
-        """The model as a graph, with the sizes in its code rewritten to what will be left."""
-        traced = concrete_trace(self.model, coupling.example_inputs)
-        nodes = Coupling(traced, coupling.example_inputs, record_nodes=True)
-        known = named_tensors(traced)
-        masks = {
-            module: {target: mask for target, mask in targets.items() if f"{module}.{target}".lstrip(".") in known}
-            for module, targets in self.masks.items()
-        }
-        rewrite_sizes(traced, nodes, nodes.removed(masks))
-        return traced
+    def _rewritten(
+        self, coupling: Coupling, masks: Factors, kept: Mapping[str, Mapping[int, Tensor]], error: float
+    ) -> tuple[nn.Module, float]:
+        """The model as a graph with the sizes in its code rewritten, cut, and its error at two batch sizes.
+
+        A graph holds what the code decided on for the example, so a model that decides is left as it is.
+        """
+        example = coupling.example_inputs
+        traced = concrete_trace(self.model, example)
+        larger = fresh_inputs(example, batch_size(example, self.batch_dim) + 1, batch_dim=self.batch_dim)
+        inputs, _ = self._expected(example)
+        tensors = named_tensors(self.model)
+        bake(tensors, masks)
+        expected = [outputs_of(self.model, given) for given in (inputs, larger)]
+        if not traced.meta["decisions"]:
+            nodes = Coupling(traced, example, record_nodes=True)
+            known = named_tensors(traced)
+            own = {
+                module: {target: mask for target, mask in targets.items() if f"{module}.{target}".lstrip(".") in known}
+                for module, targets in self.masks.items()
+            }
+            rewrite_sizes(traced, nodes, nodes.removed(own))
+            cut(self.model, tensors, kept)
+            error = max(_error(traced, *pair) for pair in zip((inputs, larger), expected, strict=True))
+            if error <= self.tolerance:
+                warnings.warn(GRAPH_RETURNED, stacklevel=4)
+        else:
+            cut(self.model, tensors, kept)
+        return traced, error
 
     def _divergence(
         self, coupling: Coupling, removed: np.ndarray, masks: Factors, snapshot: Snapshot, inputs: Any

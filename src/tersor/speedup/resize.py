@@ -43,12 +43,17 @@ def _prelu(module: Any) -> dict[str, int]:
     return {"num_parameters": module.weight.shape[0]}
 
 
+def _recurrent(module: Any) -> dict[str, int]:
+    return {"input_size": module.weight_ih_l0.shape[1]}
+
+
 SIZE_RULES: dict[type[nn.Module], SizeRule] = {
     _ConvNd: _conv,
     nn.Linear: _linear,
     _NormBase: _norm,
     nn.Embedding: _embedding,
     nn.PReLU: _prelu,
+    nn.RNNBase: _recurrent,
 }
 
 
