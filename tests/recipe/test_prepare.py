@@ -8,7 +8,7 @@ from tersor.checkpoint import save
 from tersor.errors import ConfigError
 from tersor.pruning import L2NormPruner
 from tersor.recipe import FineTuning, Recipe, build_model, prepare
-from tersor.recipe.prepare import build_data, make_optimizer
+from tersor.recipe.prepare import build_data, make_optimizer, make_schedule
 from tests.recipe import toy
 
 RECIPE = {
@@ -45,6 +45,27 @@ def test_optimizer_options():
     assert isinstance(make_optimizer(FineTuning(optimizer="torch.optim:AdamW"), network), torch.optim.AdamW)
     with pytest.raises(ConfigError, match=r"\['momentum'\]: Adam has no momentum"):
         make_optimizer(FineTuning(optimizer="Adam", momentum=0.5), network)
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 0.1), ("cosine", 0.0), ("one_cycle", 0.1 / 25e4)])
+def test_schedules_end_with_the_last_step(schedule, last):
+    tuning = FineTuning(schedule=schedule, epochs=3, learning_rate=0.1)
+    optimizer = make_optimizer(tuning, nn.Linear(1, 1))
+    found = make_schedule(tuning, optimizer, toy.data().train)
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if found is not None:
+            found.step()
+    assert max(rates) == pytest.approx(0.1, rel=0.02)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(last, abs=1e-6)
+
+
+def test_a_schedule_needs_a_number_of_steps():
+    tuning = FineTuning(schedule="cosine")
+    with pytest.raises(ConfigError, match=r"\['schedule'\].*no length.*max_steps"):
+        make_schedule(tuning, make_optimizer(tuning, nn.Linear(1, 1)), iter([]))
 
 
 @pytest.mark.parametrize(

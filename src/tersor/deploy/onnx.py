@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +61,7 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
     shapes = map_tensors(dict(named), lambda tensor: _free_batch(tensor, batch))
     # torch.export would take a batch of 1 for a constant.
     args, kwargs = with_batch_size(example_inputs, max(batch, 2))
-    with evaluating(model), replacing_file(path) as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of the exporter about itself
+    with evaluating(model), replacing_file(path) as temporary, _quiet_exporter():
         try:
             torch.onnx.export(
                 model,
@@ -78,6 +80,20 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
                 remedy="Leave the export out, or change what torch.export rejects.",
             ) from error
     return Path(path)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without what the exporter says about itself: deprecations, and optional packages that nobody asked for."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def check_onnx(

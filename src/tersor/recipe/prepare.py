@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,10 +79,13 @@ def prepare(recipe: Recipe, *, progress: bool = True) -> Prepared:
     original = build_model(recipe.model.build, recipe.model.checkpoint, "recipe['model']").to(device)
     model = copy.deepcopy(original)
     data = build_data(recipe.data, "recipe['data']")
+    optimizer = make_optimizer(recipe.fine_tuning, model)
     evaluator = TorchEvaluator.from_loader(
         data.train,
         _loss(recipe.fine_tuning),
-        make_optimizer(recipe.fine_tuning, model),
+        optimizer,
+        make_schedule(recipe.fine_tuning, optimizer, data.train),
+        scheduler_interval="step",
         eval_loader=data.test,
         metric=data.metric,
         progress=progress,
@@ -157,6 +160,30 @@ def make_optimizer(tuning: FineTuning, model: nn.Module) -> torch.optim.Optimize
             f"{tuning.optimizer} has no momentum.", where="recipe['fine_tuning']['momentum']", remedy="Leave it out."
         )
     return kind(model.parameters(), **options)
+
+
+def make_schedule(
+    tuning: FineTuning, optimizer: torch.optim.Optimizer, train: Iterable[Any]
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """The schedule of a recipe over all steps of its fine-tuning; None where the learning rate is constant.
+
+    Raises:
+        ConfigError: the loader has no length, so the number of steps is not known.
+    """
+    if tuning.schedule == "constant" or not tuning.epochs:
+        return None
+    if not isinstance(train, Sized) and tuning.max_steps is None:
+        raise ConfigError(
+            "the data loader has no length",
+            where="recipe['fine_tuning']['schedule']",
+            remedy="Give max_steps, or a constant learning rate.",
+        )
+    steps = [tuning.max_steps, tuning.epochs * len(train) if isinstance(train, Sized) else None]
+    total = min(count for count in steps if count is not None)
+    if tuning.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    # One step more: OneCycleLR counts the position after the last step, too.
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, tuning.learning_rate, total + 1)
 
 
 def _loss(tuning: FineTuning) -> Any:

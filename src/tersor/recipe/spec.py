@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BeforeValidator, PlainSerializer, PlainValidator
@@ -103,6 +103,10 @@ class Pruning(Parsed):
     dependency_groups: Flag = True
 
 
+def _one_of(*legal: str) -> PlainValidator:
+    return PlainValidator(partial(values.choice, legal=legal))
+
+
 class FineTuning(Parsed):
     """How the masked model is trained.
 
@@ -110,7 +114,9 @@ class FineTuning(Parsed):
         epochs: passes over the training data; 0 leaves it out.
         max_steps: at most so many optimizer steps in all.
         optimizer: a class in `torch.optim`, or an import path.
-        learning_rate: constant.
+        learning_rate: of the optimizer; the highest one of a schedule.
+        schedule: how the learning rate goes over all steps: ``constant``, ``cosine`` (down to zero) or ``one_cycle``
+            (up, then down).
         momentum: for optimizers that have one; 0.9 for SGD where it is not given.
         weight_decay: of the optimizer.
         loss: a function in `torch.nn.functional` or an import path, called with outputs and targets; None where the
@@ -121,6 +127,9 @@ class FineTuning(Parsed):
     max_steps: Annotated[int | None, _optional(partial(values.whole, kind="number of steps", low=1))] = None
     optimizer: Text = "SGD"
     learning_rate: Share = 0.01
+    schedule: Annotated[Literal["constant", "cosine", "one_cycle"], _one_of("constant", "cosine", "one_cycle")] = (
+        "constant"
+    )
     momentum: Annotated[float | None, _optional(partial(values.number, kind="momentum", low=0, high=1))] = None
     weight_decay: Share = 0.0
     loss: Annotated[str | None, _optional(_text)] = "cross_entropy"
