@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.errors import TraceError, WrapError
+from tersor.errors import SpeedupError, TraceError, WrapError
 from tersor.graph import groups
 from tersor.pruning import L1NormPruner, LevelPruner
 from tersor.speedup import ModelSpeedup
@@ -38,13 +38,14 @@ class Counting(nn.Module):
 
 def test_inputs_buffers_and_random_state_are_untouched():
     model, x = randomize(Counting()), torch.randn(4, 3)
-    given, state, last = x.clone(), torch.get_rng_state(), model.last
+    given, state, last, address = x.clone(), torch.get_rng_state(), model.last, model.calls.data_ptr()
     coupling = groups(model, x)
     assert coupling.frozen_reason("a.weight", 0) is None
     assert torch.equal(x, given)
     assert torch.equal(state, torch.get_rng_state())
     assert model.calls == randomize(Counting()).calls
     assert model.last is last
+    assert model.calls.data_ptr() == address
 
 
 def test_a_model_that_draws_is_verified():
@@ -195,3 +196,16 @@ def test_what_feeds_an_attention_module_stays():
     speedup = ModelSpeedup(Attention(), torch.randn(2, 5, 3), {"a": {"weight": rows(4, [1, 2])}})
     assert speedup.speedup_model().a.out_features == 4
     assert "MultiheadAttention" in speedup.report.left_alone[0].reason
+
+
+def test_two_parameters_over_the_same_values():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[2].weight = nn.Parameter(model[0].weight.data)
+    assert groups(model, torch.randn(3, 4)).frozen_reason("2.weight", 0) == groups(
+        model, torch.randn(3, 4)
+    ).frozen_reason("0.weight", 0)
+
+
+def test_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(SpeedupError, match="inference mode"):
+        ModelSpeedup(nn.Linear(2, 2), torch.zeros(1, 2), {})

@@ -59,9 +59,8 @@ def _grouped_convolution(call: Call, x: Tensor | None, w: Labels) -> Labels:
     if 1 in w:
         call.ledger.freeze(w[1], "stands within a convolution's groups, which live and die whole")
     outer = w.get(0)
-    if outer is None or not call.is_weight(call.arguments["weight"]):
-        for vector in (x, outer):
-            call.freeze({} if vector is None else {1: vector}, "meets a grouped convolution without a parameter")
+    if outer is None:
+        call.freeze({} if x is None else {1: x}, "feeds a grouped convolution that no parameter controls")
         return {}
     rows = outer.reshape(groups, -1)
     entering = (unknown_vector(channels) if x is None else x).reshape(groups, -1)

@@ -85,6 +85,10 @@ class Coupling:
         self.classes, self.reasons, self.written, self.read = propagation.ledger.solve()
         self.unknown: Mapping[str, int] = propagation.unknown
         self.unused: tuple[str, ...] = propagation.unused
+        self._by_name: dict[str, list[Axis]] = {}
+        for axis in self.axes:
+            for name in axis.names:
+                self._by_name.setdefault(name, []).append(axis)
         self._by_place = {(name, axis.dim): axis for axis in self.axes for name in axis.names}
 
     @cached_property
@@ -188,13 +192,13 @@ class Coupling:
     def masked(self, masks: Masks) -> np.ndarray:
         """Which labels' slices of their tensors are masked in whole, boolean, indexed by label."""
         masked = np.zeros(len(self.classes), dtype=bool)
-        for axis in self.axes:
-            for name in axis.names:
-                mask = _find(masks, name)
-                if mask is not None and mask.shape[axis.dim] in (1, axis.size):
-                    others = [dim for dim in range(mask.dim()) if dim != axis.dim]
-                    alive = mask.bool().any(dim=others) if others else mask.bool()
-                    masked[axis.span] |= ~alive.cpu().numpy()
+        for module, targets in masks.items():
+            for target, mask in targets.items():
+                for axis in self._by_name.get(f"{module}.{target}" if module else target, ()):
+                    if mask.shape[axis.dim] in (1, axis.size):
+                        others = [dim for dim in range(mask.dim()) if dim != axis.dim]
+                        alive = mask.bool().any(dim=others) if others else mask.bool()
+                        masked[axis.span] |= ~alive.cpu().numpy()
         return masked
 
     def _cut_by(self, role: np.ndarray, masked: np.ndarray) -> np.ndarray:
@@ -254,11 +258,6 @@ class Coupling:
             {"size": group.size, "frozen": group.frozen, "members": [vars(member) for member in group.members]}
             for group in self.groups
         ]
-
-
-def _find(masks: Masks, name: str) -> Tensor | None:
-    module, _, target = name.rpartition(".")
-    return masks.get(module, {}).get(target)
 
 
 def coupling_of(model: nn.Module, example_inputs: Any) -> Coupling:

@@ -141,26 +141,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     buffers = [
-        (module, name, buffer, None if buffer.is_meta else buffer.detach().clone())
+        (module, name, buffer, buffer._version, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        if buffer is not None and not buffer.is_meta and not buffer.is_inference()
     ]
+    generators = [torch.default_generator]
+    generators += [torch.cuda.default_generators[index] for index in _cuda_devices(model)]
+    states = [generator.get_state() for generator in generators]
     for module in training:
         module.training = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
+        for generator in generators:
+            generator.manual_seed(0)
+        with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         for module in training:
             module.training = True
-        for module, name, buffer, value in buffers:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        for module, name, buffer, version, value in buffers:
             module._buffers[name] = buffer
-            if value is not None and value.shape == buffer.shape:
-                buffer.data = value
+            if buffer._version != version:
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+def _cuda_devices(model: nn.Module) -> set[int]:
+    """The GPUs that hold a parameter or buffer; no other is touched."""
+    return {tensor.device.index for tensor in named_tensors(model).values() if tensor.device.type == "cuda"}
 
 
 def run(model: nn.Module, example_inputs: Any) -> Any:

@@ -50,6 +50,9 @@ def _reorders(call: Call, tensor: Tensor, dim: int) -> bool:
     if call.name == "roll":
         dims = call.arguments.get("dims") or range(tensor.dim())
         return any(d % tensor.dim() == dim for d in dims)
+    if call.name == "diagonal":
+        given = (call.arguments.get("dim1", 0), call.arguments.get("dim2", 1))
+        return dim in [d % tensor.dim() for d in given]
     return call.name == "index_select" and call.arguments["dim"] % tensor.dim() == dim
 
 

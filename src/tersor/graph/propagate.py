@@ -100,6 +100,8 @@ class _Follower(TorchDispatchMode):
         outputs = tensors_of(result)
         labels = self._apply(func, args, kwargs, result, facts) if any(f.labels for f in facts.values()) else {}
         each = labels if isinstance(labels, list) else [labels] * len(outputs)
+        if func._schema.is_mutable and operands and not preserves_values(func):
+            self._forget_weights(operands[0])
         is_weight = preserves_values(func) and all(fact.is_weight for fact in facts.values())
         for tensor, own in zip(outputs, each, strict=True):
             self.learn(tensor, own, is_weight=is_weight)
@@ -121,6 +123,11 @@ class _Follower(TorchDispatchMode):
         for fact in facts.values():
             call.freeze(fact.labels, reason)
         return {}
+
+    def _forget_weights(self, written: Tensor) -> None:
+        """A parameter's copy that was changed in place is no parameter any more, in whatever shape it is seen."""
+        for key in self._views.get(_key(written)[0], ()):
+            self._facts[key] = _Fact(self._facts[key].labels, False)
 
     def _has_other_views(self, written: Tensor) -> bool:
         """Whether the tensor that is written in place is also seen in another shape."""
@@ -185,10 +192,11 @@ def propagate(
             raise TraceError("a lazy parameter has no shape yet", where=name, remedy="Run the model once before.")
     ledger = Ledger()
     follower = _Follower(ledger)
-    owners: dict[Tensor, list[str]] = {}
+    # Two parameters over the same values are one, as two names of one parameter are.
+    owners: dict[Key, tuple[Tensor, list[str]]] = {}
     for name, tensor in named_tensors(model).items():
-        owners.setdefault(tensor, []).append(name)
-    for tensor, names in owners.items():
+        owners.setdefault(_key(tensor), (tensor, []))[1].append(name)
+    for tensor, names in owners.values():
         labels = {
             dim: ledger.add_axis(tuple(names), tensor, dim) for dim in range(tensor.dim()) if tensor.shape[dim] > 1
         }
@@ -216,5 +224,5 @@ def propagate(
         kind = fixed.get(axis.name.rpartition(".")[0])
         if kind:
             ledger.freeze(axis.labels, f"belongs to a {kind}, which computes with its sizes")
-    unused = tuple(names[0] for tensor, names in owners.items() if _key(tensor)[0] not in follower.used)
+    unused = tuple(names[0] for key, (_, names) in owners.items() if key[0] not in follower.used)
     return Propagation(ledger, dict(follower.unknown), unused, tuple(outputs))

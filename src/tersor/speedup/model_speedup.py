@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from tersor.errors import MaskError, TraceError, VerificationError, WrapError, nearest
+from tersor.errors import MaskError, SpeedupError, TraceError, VerificationError, WrapError, nearest
 from tersor.graph.coupling import Coupling, Masks, coupling_of
 from tersor.graph.inputs import batch_size, fresh_inputs, named_tensors
 from tersor.graph.trace import concrete_trace
@@ -85,6 +86,7 @@ class ModelSpeedup:
     Raises:
         MaskError: the masks belong to another model, or would empty a layer.
         WrapError: the model is still wrapped.
+        SpeedupError: called in inference mode.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -108,6 +110,11 @@ class ModelSpeedup:
         tolerance: float = 1e-4,
         batch_dim: int = 0,
     ) -> None:
+        if torch.is_inference_mode_enabled():
+            raise SpeedupError(
+                "parameters that are made in inference mode can never be trained",
+                remedy="Call it outside torch.inference_mode().",
+            )
         if is_wrapped(model):
             raise WrapError("the model is still wrapped", remedy="Call unwrap_model() of its compressor first.")
         given = load_masks(masks_or_file) if isinstance(masks_or_file, (str, os.PathLike)) else masks_or_file

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from tersor.graph.inputs import named_tensors
 from tersor.speedup.resize import size_attributes, update_sizes
-from tersor.wrapping.stack import multiply
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -55,7 +54,19 @@ def bake(tensors: Mapping[str, Tensor], masks: Mapping[str, Mapping[str, Sequenc
     for module, targets in masks.items():
         for target, factors in targets.items():
             tensor = tensors[f"{module}.{target}" if module else target]
-            tensor.data = multiply(tensor.data, [factor.to(tensor.device) for factor in factors])
+            values = tensor.data.clone()
+            for factor in factors:
+                _silence(values, factor.to(values.device))
+            tensor.data = values
+
+
+def _silence(values: Tensor, factor: Tensor) -> None:
+    """Make masked values zero, in place. A vector of a mask is faster filled in than multiplied."""
+    varying = [dim for dim, size in enumerate(factor.shape) if size > 1]
+    if len(varying) == 1:
+        values.index_fill_(varying[0], (~factor).flatten().nonzero().flatten(), 0)
+    else:
+        values *= factor
 
 
 def cut(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Tensor]]) -> Shapes:

@@ -61,10 +61,10 @@ class Wrapper:
                     remedy="Remove that parametrization first (torch.nn.utils.parametrize.remove_parametrizations).",
                 )
             return original
-        own = {**self.module._parameters, **self.module._buffers}
-        tensor = own.get(target)
+        tensor = self.module._parameters.get(target)
+        tensor = self.module._buffers.get(target) if tensor is None else tensor
         if tensor is None:
-            own |= getattr(self.module, "parametrizations", {})
+            own = {**self.module._parameters, **self.module._buffers, **getattr(self.module, "parametrizations", {})}
             raise UnmatchedError(
                 f"{parametrize.type_before_parametrizations(self.module).__name__} has no tensor {target!r}",
                 where=self.name,
