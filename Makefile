@@ -1,5 +1,6 @@
 # make quickstart   compress a real network on real data (under 4 minutes on 2 cores)
 # make test         linters, types, layers, and the whole test suite
+# make benchmarks   every figure in the README but the quickstart's (about 10 minutes)
 # make clean        forget the environment and everything that was produced
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 # The environment variable, unlike pip's -c, also holds for what builds the package.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test benchmarks clean
 
 quickstart: .venv/examples.stamp
 	$(BIN)/python examples/01_quickstart.py
@@ -17,7 +18,11 @@ test: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+benchmarks: .venv/dev.stamp
+	$(BIN)/pip install --no-deps torch-pruning
+	$(BIN)/python -m benchmarks.run speedup wrapping allocation
 
 clean:
 	rm -rf .venv runs

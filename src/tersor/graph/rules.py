@@ -127,6 +127,7 @@ def pointwise(call: Call) -> Labels:
 POINTWISE_UNTAGGED = frozenset(
     {"hardswish", "_prelu_kernel", "dropout", "native_dropout", "copy", "celu", "feature_dropout", "alpha_dropout"}
 )
+"""Pointwise operators that PyTorch has not tagged."""
 COPIES = frozenset({"clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh"})
 """Pointwise operators that leave every value as it is."""
 MOVEMENT: set[str] = set()
@@ -136,13 +137,14 @@ MOVEMENT: set[str] = set()
 def find_rule(operator: Any) -> Rule | None:
     """The rule for an operator, or None where its effect is unknown."""
     name = base_name(operator)
-    if name in MOVEMENT and operator._schema.is_mutable:
-        return None  # unsqueeze_ and the like: the operand has lost the shape that its labels belong to
-    if name in RULES and operator.namespace == "aten":
-        return RULES[name]
-    if torch.Tag.pointwise in operator.tags or name in POINTWISE_UNTAGGED | COPIES:
-        return pointwise
-    return None
+    if operator.namespace == "aten":
+        if name in MOVEMENT and operator._schema.is_mutable:
+            return None  # unsqueeze_ and the like: the operand has lost the shape that its labels belong to
+        if name in RULES:
+            return RULES[name]
+        if name in POINTWISE_UNTAGGED | COPIES:
+            return pointwise
+    return pointwise if torch.Tag.pointwise in operator.tags else None
 
 
 def preserves_values(operator: Any) -> bool:

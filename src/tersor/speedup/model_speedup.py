@@ -148,9 +148,11 @@ class ModelSpeedup:
                 error = _error(small, inputs, expected)
                 if error > self.tolerance:
                     snapshot.restore()
-                    small, error = self._rewritten(coupling, masks, kept, error)
+                    small, error = self._as_graph(coupling, masks, kept, (inputs, expected))
                 if error > self.tolerance:
                     raise self._divergence(coupling, removed, masks, snapshot, inputs)
+        if small is not self.model:
+            warnings.warn(GRAPH_RETURNED, stacklevel=2)
         left_alone = (*_left_alone(coupling, self.masks, removed), *self._simulated_only)
         self.report = SpeedupReport(shapes, left_alone, coupling.unused, error)
         return small
@@ -165,35 +167,30 @@ class ModelSpeedup:
             inputs = fresh_inputs(example_inputs, given + 1, batch_dim=self.batch_dim)
             return inputs, outputs_of(self.model, inputs)
 
-    def _rewritten(
-        self, coupling: Coupling, masks: Factors, kept: Mapping[str, Mapping[int, Tensor]], error: float
+    def _as_graph(
+        self,
+        coupling: Coupling,
+        masks: Factors,
+        kept: Mapping[str, Mapping[int, Tensor]],
+        checked: tuple[Any, list[Tensor]],
     ) -> tuple[nn.Module, float]:
         """The model as a graph with the sizes in its code rewritten, cut, and its error at two batch sizes.
 
-        A graph holds what the code decided on for the example, so a model that decides is left as it is.
+        A graph holds what the code decided on for the example, so a model that decides stays in its own class.
         """
         example = coupling.example_inputs
-        traced = concrete_trace(self.model, example)
-        larger = fresh_inputs(example, batch_size(example, self.batch_dim) + 1, batch_dim=self.batch_dim)
-        inputs, _ = self._expected(example)
+        graph = concrete_trace(self.model, example)
+        if not graph.meta["decisions"]:
+            nodes = Coupling(graph, example, record_nodes=True)
+            rewrite_sizes(graph, nodes, nodes.removed(self.masks))
         tensors = named_tensors(self.model)
         bake(tensors, masks)
-        expected = [outputs_of(self.model, given) for given in (inputs, larger)]
-        if not traced.meta["decisions"]:
-            nodes = Coupling(traced, example, record_nodes=True)
-            known = named_tensors(traced)
-            own = {
-                module: {target: mask for target, mask in targets.items() if f"{module}.{target}".lstrip(".") in known}
-                for module, targets in self.masks.items()
-            }
-            rewrite_sizes(traced, nodes, nodes.removed(own))
-            cut(self.model, tensors, kept)
-            error = max(_error(traced, *pair) for pair in zip((inputs, larger), expected, strict=True))
-            if error <= self.tolerance:
-                warnings.warn(GRAPH_RETURNED, stacklevel=4)
-        else:
-            cut(self.model, tensors, kept)
-        return traced, error
+        larger = fresh_inputs(example, batch_size(example, self.batch_dim) + 1, batch_dim=self.batch_dim)
+        pairs = [checked, (larger, outputs_of(self.model, larger))]
+        cut(self.model, tensors, kept)
+        if graph.meta["decisions"]:
+            return self.model, float("inf")
+        return graph, max(_error(graph, *pair) for pair in pairs)
 
     def _divergence(
         self, coupling: Coupling, removed: np.ndarray, masks: Factors, snapshot: Snapshot, inputs: Any
@@ -224,8 +221,9 @@ def _checked(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
                 continue
             if name not in tensors:
                 raise MaskError("the model has no such parameter or buffer", where=name, remedy=nearest(name, tensors))
-            check_shape(mask, tensors[name].shape, name)
-            checked.setdefault(module, {})[target] = compact(as_bool(mask, name))
+            tensor = torch.as_tensor(mask)
+            check_shape(tensor, tensors[name].shape, name)
+            checked.setdefault(module, {})[target] = compact(as_bool(tensor, name))
     return checked
 
 

@@ -56,7 +56,7 @@ def bake(tensors: Mapping[str, Tensor], masks: Mapping[str, Mapping[str, Sequenc
             tensor = tensors[f"{module}.{target}" if module else target]
             values = tensor.data.clone()
             for factor in factors:
-                _silence(values, factor.to(values.device))
+                _silence(values, factor)
             tensor.data = values
 
 
@@ -64,9 +64,9 @@ def _silence(values: Tensor, factor: Tensor) -> None:
     """Make masked values zero, in place. A vector of a mask is faster filled in than multiplied."""
     varying = [dim for dim, size in enumerate(factor.shape) if size > 1]
     if len(varying) == 1:
-        values.index_fill_(varying[0], (~factor).flatten().nonzero().flatten(), 0)
+        values.index_fill_(varying[0], (~factor).flatten().nonzero().flatten().to(values.device), 0)
     else:
-        values *= factor
+        values *= factor.to(values.device)
 
 
 def cut(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Tensor]]) -> Shapes:
