@@ -22,7 +22,8 @@ test: .venv/dev.stamp
 
 benchmarks: .venv/dev.stamp
 	$(BIN)/pip install --no-deps torch-pruning
-	$(BIN)/python -m benchmarks.run speedup wrapping allocation
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run speedup wrapping allocation
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf .venv runs

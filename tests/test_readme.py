@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tersor
+from benchmarks.readme import SECTION, section
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -48,3 +49,7 @@ def test_example_runs(tmp_path, monkeypatch, capsys):
     assert len(trained) == 1
     assert "layer4.0.conv1" in capsys.readouterr().out
     assert isinstance(tersor.load(Network, tmp_path / "small"), Network)
+
+
+def test_measured_section_is_what_the_results_say():
+    assert SECTION.search(README.read_text(encoding="utf-8")).group() == section()
