@@ -92,6 +92,7 @@ def plan(
 def compare(
     before: Annotated[str, typer.Argument(help="Import path or checkpoint folder.", show_default=False)],
     after: Annotated[str, typer.Argument(help="Import path or checkpoint folder.", show_default=False)],
+    *,
     build: Build = None,
     example_shape: Shape = None,
     recipe: RecipeOption = None,
@@ -116,6 +117,7 @@ def compare(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="Import path or checkpoint folder.", show_default=False)],
+    *,
     groups: Annotated[bool, typer.Option("--groups", help="Show which channels live and die together.")] = False,
     build: Build = None,
     example_shape: Shape = None,
