@@ -161,6 +161,8 @@ def test_lazy_parameters_are_named():
     model, x = nn.Sequential(nn.LazyLinear(3)), torch.zeros(1, 2)
     with pytest.raises(TraceError, match=r"0\.weight: a lazy parameter"):
         groups(model, x)
+    with pytest.raises(TraceError, match=r"0\.weight: a lazy parameter"):
+        L1NormPruner(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
     model(x)
     assert groups(model, x).frozen_reason("0.weight", 0) == "is the model's own output"
 
@@ -209,3 +211,10 @@ def test_two_parameters_over_the_same_values():
 def test_inference_mode_is_refused():
     with torch.inference_mode(), pytest.raises(SpeedupError, match="inference mode"):
         ModelSpeedup(nn.Linear(2, 2), torch.zeros(1, 2), {})
+
+
+def test_an_embedding_that_renormalizes_keeps_its_table():
+    model = nn.Sequential(nn.Embedding(5, 6, max_norm=0.1), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    table = model[0].weight.detach().clone()
+    groups(model, torch.tensor([[1, 2], [3, 4]]))
+    assert torch.equal(model[0].weight, table)

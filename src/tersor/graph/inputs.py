@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tersor.errors import InvalidValueError, TraceError
 
@@ -83,6 +84,17 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse a model whose parameters have no shape yet.
+
+    Raises:
+        TraceError: naming the first one.
+    """
+    for name, tensor in named_tensors(model).items():
+        if is_lazy(tensor):
+            raise TraceError("a lazy parameter has no shape yet", where=name, remedy="Run the model once before.")
+
+
 def batch_size(example_inputs: Any, batch_dim: int = 0) -> int:
     """The size of the first tensor along the batch dimension; 0 where no tensor has one."""
     return next((t.shape[batch_dim] for t in tensors_of(example_inputs) if t.dim() > batch_dim), 0)
@@ -140,11 +152,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     training = [module for module in model.modules() if module.training]
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    buffers = [
-        (module, name, buffer, buffer._version, buffer.detach().clone())
+    written = [
+        (registry, name, tensor, tensor._version, tensor.detach().clone())
         for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not buffer.is_meta and not buffer.is_inference()
+        for registry in _written_by_forward(module)
+        for name, tensor in registry.items()
+        if tensor is not None and not tensor.is_meta and not tensor.is_inference()
     ]
     generators = [torch.default_generator]
     generators += [torch.cuda.default_generators[index] for index in _cuda_devices(model)]
@@ -163,11 +176,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-        for module, name, buffer, version, value in buffers:
-            module._buffers[name] = buffer
-            if buffer._version != version:
+        for registry, name, tensor, version, value in written:
+            registry[name] = tensor
+            if tensor._version != version:
                 with torch.no_grad():
-                    buffer.copy_(value)
+                    tensor.copy_(value)
+
+
+def _written_by_forward(module: nn.Module) -> list[dict[str, Any]]:
+    """Where a module keeps what its own ``forward`` may write: buffers, and the table of a renormalizing embedding."""
+    renormalizes = getattr(module, "max_norm", None) is not None
+    return [module._buffers, module._parameters] if renormalizes else [module._buffers]
 
 
 def _cuda_devices(model: nn.Module) -> set[int]:

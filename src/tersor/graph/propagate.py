@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tersor.errors import TraceError
 from tersor.graph import contractions, movement, reductions
-from tersor.graph.inputs import copied, evaluating, named_tensors, run, tensors_of
+from tersor.graph.inputs import copied, evaluating, named_tensors, refuse_lazy, run, tensors_of
 from tersor.graph.labels import Ledger
 from tersor.graph.rules import Call, Labels, base_name, find_rule, preserves_values
 
@@ -187,9 +185,7 @@ def propagate(
     Raises:
         TraceError: the model does not run on these inputs.
     """
-    for name, tensor in named_tensors(model).items():
-        if is_lazy(tensor):
-            raise TraceError("a lazy parameter has no shape yet", where=name, remedy="Run the model once before.")
+    refuse_lazy(model)
     ledger = Ledger()
     follower = _Follower(ledger)
     # Two parameters over the same values are one, as two names of one parameter are.

@@ -15,6 +15,7 @@ from tersor.config import Granularity, Mode, parse_config_list
 from tersor.config.parse import ConfigList
 from tersor.errors import UnmatchedError, nearest
 from tersor.graph.coupling import Coupling, coupling_of
+from tersor.graph.inputs import refuse_lazy
 from tersor.targets.planned import OUT_CHANNEL, PlannedTarget, plan_target
 from tersor.targets.resolve import resolve_targets
 from tersor.targets.rows import plan_rows, rows_table
@@ -133,6 +134,7 @@ def make_plan(
     default_granularity: Granularity = OUT_CHANNEL,
 ) -> Plan:
     """As :func:`plan`, with a coupling that is known already and a compressor's own default granularity."""
+    refuse_lazy(model)
     resolution = resolve_targets(model, parse_config_list(config_list, mode), mode)
     targets = tuple(plan_target(target, coupling, default_granularity) for target in resolution.targets)
     return Plan(mode, targets, resolution.skipped, coupling)
