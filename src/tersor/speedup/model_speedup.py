@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ GRAPH_RETURNED = (
 )
 
 Factors = Mapping[str, Mapping[str, tuple[Tensor, ...]]]
+Check = tuple[Any, list[Tensor]]
+"""Inputs, and what the masked model returns for them."""
 
 
 @dataclass(frozen=True)
@@ -138,26 +140,28 @@ class ModelSpeedup:
         removed = coupling.removed(self.masks)
         masks, kept = coupling.complete(self.masks, removed), coupling.kept(removed)
         tensors = named_tensors(self.model)
-        small, error, inputs, expected = self.model, None, None, []
+        small, error = self.model, None
         with Snapshot(self.model) as snapshot:
-            bake(tensors, masks)
-            if self.verify:
-                inputs, expected = self._expected(coupling.example_inputs)
-            shapes = cut(self.model, tensors, kept)
-            if self.verify:
-                error = _error(small, inputs, expected)
+            if not self.verify:
+                shapes = cut(self.model, tensors, kept, self.masks)
+            else:
+                bake(tensors, masks)
+                checks = [self._expected(coupling.example_inputs)]
+                snapshot.restore()
+                shapes = cut(self.model, tensors, kept, self.masks)
+                error = _error(small, checks)
                 if error > self.tolerance:
                     snapshot.restore()
-                    small, error = self._as_graph(coupling, masks, kept, (inputs, expected))
+                    small, error = self._as_graph(coupling, masks, kept, checks, snapshot)
                 if error > self.tolerance:
-                    raise self._divergence(coupling, removed, masks, snapshot, inputs)
+                    raise self._divergence(coupling, removed, masks, snapshot, checks[0][0])
         if small is not self.model:
             warnings.warn(GRAPH_RETURNED, stacklevel=2)
         left_alone = (*_left_alone(coupling, self.masks, removed), *self._simulated_only)
         self.report = SpeedupReport(shapes, left_alone, coupling.unused, error)
         return small
 
-    def _expected(self, example_inputs: Any) -> tuple[Any, list[Tensor]]:
+    def _expected(self, example_inputs: Any) -> Check:
         """Fresh inputs at another batch size, a small one where the model takes it, and the masked model's outputs."""
         given = batch_size(example_inputs, self.batch_dim)
         try:
@@ -172,7 +176,8 @@ class ModelSpeedup:
         coupling: Coupling,
         masks: Factors,
         kept: Mapping[str, Mapping[int, Tensor]],
-        checked: tuple[Any, list[Tensor]],
+        checks: list[Check],
+        snapshot: Snapshot,
     ) -> tuple[nn.Module, float]:
         """The model as a graph with the sizes in its code rewritten, cut, and its error at two batch sizes.
 
@@ -180,17 +185,18 @@ class ModelSpeedup:
         """
         example = coupling.example_inputs
         graph = concrete_trace(self.model, example)
-        if not graph.meta["decisions"]:
-            nodes = Coupling(graph, example, record_nodes=True)
-            rewrite_sizes(graph, nodes, nodes.removed(self.masks))
+        if graph.meta["decisions"]:
+            cut(self.model, named_tensors(self.model), kept, self.masks)
+            return self.model, float("inf")
+        nodes = Coupling(graph, example, record_nodes=True)
+        rewrite_sizes(graph, nodes, nodes.removed(self.masks))
+        larger = fresh_inputs(example, batch_size(example, self.batch_dim) + 1, batch_dim=self.batch_dim)
         tensors = named_tensors(self.model)
         bake(tensors, masks)
-        larger = fresh_inputs(example, batch_size(example, self.batch_dim) + 1, batch_dim=self.batch_dim)
-        pairs = [checked, (larger, outputs_of(self.model, larger))]
-        cut(self.model, tensors, kept)
-        if graph.meta["decisions"]:
-            return self.model, float("inf")
-        return graph, max(_error(graph, *pair) for pair in pairs)
+        checks = [*checks, (larger, outputs_of(self.model, larger))]
+        snapshot.restore()
+        cut(self.model, tensors, kept, self.masks)
+        return graph, _error(graph, checks)
 
     def _divergence(
         self, coupling: Coupling, removed: np.ndarray, masks: Factors, snapshot: Snapshot, inputs: Any
@@ -202,10 +208,10 @@ class ModelSpeedup:
         return divergence_error(first_divergence(self.model, coupling, removed, masked, small, self.tolerance), cause)
 
 
-def _error(model: nn.Module, inputs: Any, expected: list[Tensor]) -> float:
+def _error(model: nn.Module, checks: Sequence[Check]) -> float:
     """How far a model's outputs are from the expected ones; infinitely far where it does not run."""
     try:
-        return relative_error(outputs_of(model, inputs), expected)
+        return max(relative_error(outputs_of(model, inputs), expected) for inputs, expected in checks)
     except TraceError:
         return float("inf")
 

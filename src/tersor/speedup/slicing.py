@@ -8,6 +8,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from tersor.graph.coupling import Masks
 from tersor.graph.inputs import named_tensors
 from tersor.speedup.resize import size_attributes, update_sizes
 
@@ -69,8 +70,12 @@ def _silence(values: Tensor, factor: Tensor) -> None:
         values *= factor.to(values.device)
 
 
-def cut(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Tensor]]) -> Shapes:
+def cut(
+    model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Tensor]], masks: Masks
+) -> Shapes:
     """Keep only the given indices of each named tensor, and let the modules' own sizes follow.
+
+    What a mask removes without a whole index leaving is zero afterwards.
 
     A parameter stays the same object, with its flags and hooks; its gradient is cut alike.
 
@@ -78,6 +83,7 @@ def cut(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, Mapp
         model: changed in place.
         tensors: its parameters and buffers by qualified name.
         kept: qualified name to dimension to bool vector, True keeps.
+        masks: what was asked for.
 
     Returns:
         the shape of each tensor that was cut, before and after.
@@ -96,7 +102,20 @@ def cut(model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, Mapp
         shapes[name] = (before, tuple(tensor.shape))
     for module in _owners(model, kept):
         update_sizes(module)
+    bake(tensors, _remaining(masks, kept))
     return shapes
+
+
+def _remaining(masks: Masks, kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[str, tuple[Tensor, ...]]]:
+    """Masks cut like their tensors, as far as they still remove something."""
+    remaining: dict[str, dict[str, tuple[Tensor, ...]]] = {}
+    for module, targets in masks.items():
+        for target, mask in targets.items():
+            dims = kept.get(f"{module}.{target}" if module else target, {})
+            left = _select(mask, {dim: vector for dim, vector in dims.items() if mask.shape[dim] > 1})
+            if not bool(left.all()):
+                remaining.setdefault(module, {})[target] = (left,)
+    return remaining
 
 
 def _select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:

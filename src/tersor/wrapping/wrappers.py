@@ -108,7 +108,7 @@ class ModelWrappers:
         """
         for wrapper in self.by_module.values():
             for stack in wrapper.stacks.values():
-                if isinstance(mask := stack.find(Stage.MASK), Mask):
+                if isinstance(mask := stack.find(Stage.MASK), Mask) and mask.factors:
                     mask.set(())
         for (module, target), factors in self._over_ties(masks).items():
             is_activation = target.startswith((INPUT, OUTPUT))
