@@ -90,7 +90,7 @@ def refuse_lazy(model: nn.Module) -> None:
     Raises:
         TraceError: naming the first one.
     """
-    for name, tensor in named_tensors(model).items():
+    for name, tensor in model.named_parameters():
         if is_lazy(tensor):
             raise TraceError("a lazy parameter has no shape yet", where=name, remedy="Run the model once before.")
 

@@ -91,11 +91,12 @@ class _Follower(TorchDispatchMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         # An operator may change its operand's shape in place, so facts are looked up before it runs.
-        operands = tensors_of([args, kwargs])
-        facts = {id(tensor): self.fact(tensor) for tensor in operands}
-        self.used.update(_key(tensor)[0] for tensor in operands)
+        operands = _operands((*args, *kwargs.values()))
+        keys = [_key(tensor) for tensor in operands]
+        facts = {id(tensor): self._facts.get(key, NOTHING) for tensor, key in zip(operands, keys, strict=True)}
+        self.used.update(key[0] for key in keys)
         result = func(*args, **kwargs)
-        outputs = tensors_of(result)
+        outputs = _operands((result,))
         labels = self._apply(func, args, kwargs, result, facts) if any(f.labels for f in facts.values()) else {}
         each = labels if isinstance(labels, list) else [labels] * len(outputs)
         if func._schema.is_mutable and operands and not preserves_values(func):
@@ -157,6 +158,17 @@ class _Interpreter(fx.Interpreter):
         if isinstance(result, Tensor):
             self._outputs.append((n.name, dict(self._follower.fact(result).labels)))
         return result
+
+
+def _operands(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among an ATen operator's arguments or results, which nest no deeper than a list."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
 
 
 def _key(tensor: Tensor) -> Key:

@@ -51,7 +51,7 @@ class Pruner(Compressor):
 
     def on_start(self) -> None:
         """Prune before the first step; schedules override this."""
-        self.generate_masks()
+        self._prune()
 
     def result(self) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
         """The wrapped model and its masks."""
@@ -64,6 +64,10 @@ class Pruner(Compressor):
             EmptyLayerError: a layer would be left without anything.
             ConfigError: nothing at all would be pruned.
         """
+        self._prune()
+        return self.get_masks()
+
+    def _prune(self) -> None:
         targets = self._scored()
         if not targets:
             reasons = sorted({f"{row.module}.{row.target}: {row.reason}" for row in self.plan.rows if row.reason})
@@ -79,7 +83,6 @@ class Pruner(Compressor):
             masks.setdefault(target.config.module_name, {})[target.config.target_name] = mask
         align(self.plan.targets, masks, self._shape)
         self._apply(masks)
-        return self.get_masks()
 
     def get_masks(self, *, completed: bool = False) -> dict[str, dict[str, Tensor]]:
         """The masks of all fused pruners, ``{module: {target: bool tensor}}``, True keeps.

@@ -52,6 +52,10 @@ class Wrapper:
 
     def tensor(self, target: str) -> Tensor:
         """The latent parameter or buffer behind a target, without any simulation."""
+        tensor = self.module._parameters.get(target)
+        tensor = self.module._buffers.get(target) if tensor is None else tensor
+        if tensor is not None:
+            return tensor
         if parametrize.is_parametrized(self.module, target):
             original = getattr(self.module.parametrizations[target], "original", None)  # pyright: ignore
             if original is None:
@@ -61,17 +65,13 @@ class Wrapper:
                     remedy="Remove that parametrization first (torch.nn.utils.parametrize.remove_parametrizations).",
                 )
             return original
-        tensor = self.module._parameters.get(target)
-        tensor = self.module._buffers.get(target) if tensor is None else tensor
-        if tensor is None:
-            own = {**self.module._parameters, **self.module._buffers, **getattr(self.module, "parametrizations", {})}
-            raise UnmatchedError(
-                f"{parametrize.type_before_parametrizations(self.module).__name__} has no tensor {target!r}",
-                where=self.name,
-                legal=[name for name, value in own.items() if value is not None],
-                remedy=nearest(target, own),
-            )
-        return tensor
+        own = {**self.module._parameters, **self.module._buffers, **getattr(self.module, "parametrizations", {})}
+        raise UnmatchedError(
+            f"{parametrize.type_before_parametrizations(self.module).__name__} has no tensor {target!r}",
+            where=self.name,
+            legal=[name for name, value in own.items() if value is not None],
+            remedy=nearest(target, own),
+        )
 
     def attach(self) -> None:
         """Put all stacks in place."""
@@ -139,12 +139,12 @@ class Wrapper:
             handle.remove()
         self._handles.clear()
         for target, stack in self._parameter_stacks():
-            remaining = [item for item in _parametrizations(self.module, target) if item is not stack]
-            if remaining and len(remaining) < len(_parametrizations(self.module, target)):
-                parametrizations: Any = self.module.parametrizations
-                del parametrizations[target][_parametrizations(self.module, target).index(stack)]
-            elif not remaining and parametrize.is_parametrized(self.module, target):
+            applied = _parametrizations(self.module, target)
+            if applied == [stack]:
                 parametrize.remove_parametrizations(self.module, target, leave_parametrized=False)
+            elif stack in applied:
+                parametrizations: Any = self.module.parametrizations
+                del parametrizations[target][applied.index(stack)]
         self._restore_order()
         if isinstance(self.module, nn.RNNBase):
             refresh_flat_weights(self.module)
