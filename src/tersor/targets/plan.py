@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tersor.graph.coupling import Coupling, coupling_of
 from tersor.graph.inputs import refuse_lazy
 from tersor.targets.planned import OUT_CHANNEL, PlannedTarget, plan_target
 from tersor.targets.resolve import resolve_targets
-from tersor.targets.rows import plan_rows, rows_table
+from tersor.targets.rows import PlanRow, plan_rows, rows_table
 
 
 class Plan:
@@ -29,7 +30,6 @@ class Plan:
         targets: every target that the config list selects.
         skipped: modules with parameters that have none, with the reason.
         coupling: what depends on what; None without example inputs.
-        rows: the plan, a line for each target.
     """
 
     def __init__(
@@ -39,8 +39,11 @@ class Plan:
         self.targets = targets
         self.skipped = skipped
         self.coupling = coupling
-        # Rows are made now: once the model is wrapped, its modules' class names are parametrizations'.
-        self.rows = plan_rows(mode, targets)
+
+    @cached_property
+    def rows(self) -> tuple[PlanRow, ...]:
+        """The plan, a line for each target."""
+        return plan_rows(self.mode, self.targets)
 
     def table(self) -> Table:
         """The plan as a rich table; modules that are skipped stand below, with the reason.

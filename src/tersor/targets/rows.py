@@ -11,6 +11,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from tersor.config import Mode, PruningSpec
 from tersor.targets.planned import PlannedTarget
@@ -68,7 +69,7 @@ def _row(mode: Mode, target: PlannedTarget, mates: list[PlannedTarget]) -> PlanR
         group = " ".join(name for name in (spec.dependency_group_id, spec.global_group_id) if name)
     return PlanRow(
         config.module_name,
-        type(config.module).__name__,
+        type_before_parametrizations(config.module).__name__,
         config.target_name,
         spec.as_config(),
         group,
