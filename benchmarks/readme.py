@@ -26,14 +26,15 @@ def results(name: str) -> dict[str, Any]:
 def section() -> str:
     """The tables and sentences between the markers."""
     rows = [
-        "| | relative error | parameters kept | seconds | of them the check | Torch-Pruning | ratio | without check |",
+        "| | relative error | parameters kept | images | seconds | Torch-Pruning | ratio | without the check |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, row in results("speedup")["networks"].items():
-        ours, bare, theirs = (row[f"{kind}_seconds"] for kind in ("tersor", "tersor_unverified", "torch_pruning"))
-        cells = [f"{row['relative_error']:.0e}", f"{row['parameters_kept']:.0%}"]
-        cells += [f"{value:.2f}" for value in (ours, ours - bare, theirs, row["ratio"], row["ratio_unverified"])]
-        rows.append(" | ".join(["| " + NAMES[name], *cells]) + " |")
+    for name, network in results("speedup")["networks"].items():
+        error, kept = f"{network['relative_error']:.0e}", f"{network['parameters_kept']:.0%}"
+        for number, (batch, row) in enumerate(network["batch"].items()):
+            first = ["" if number else cell for cell in (NAMES[name], error, kept)]
+            seconds = (row["tersor_seconds"], row["torch_pruning_seconds"], row["ratio"], row["ratio_unverified"])
+            rows.append("| " + " | ".join([*first, batch, *(f"{value:.2f}" for value in seconds)]) + " |")
     masks, allocation = results("wrapping")["masks"], results("allocation")
     channels, fine = masks["channels"], masks["fine-grained"]
     text = (

@@ -192,3 +192,29 @@ def test_words_and_json():
     coupling = groups(LiteralView(), torch.randn(IMAGE))
     assert "  conv.weight dim 0 [0:8] written" in str(coupling)
     assert coupling.to_dict()[0]["size"] == 8
+
+
+def test_two_samples_of_a_batch_are_enough():
+    seen = []
+
+    class Watched(Plain):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    few, all_of_them = groups(Watched(), torch.randn(64, *IMAGE[1:])), groups(Plain(), torch.randn(IMAGE))
+    assert seen == [2]
+    assert str(few) == str(all_of_them)
+
+
+def test_a_first_dimension_that_is_no_batch_is_taken_whole():
+    class Nodes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, adjacency, features):
+            return self.b(torch.relu(adjacency @ self.a(features)))
+
+    coupling = groups(Nodes(), (torch.rand(5, 5), torch.randn(5, 3)))
+    assert free(coupling) == {(6, frozenset(layer("a", 6) | {"b.weight 1 0:6"}))}

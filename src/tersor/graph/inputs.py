@@ -100,6 +100,16 @@ def batch_size(example_inputs: Any, batch_dim: int = 0) -> int:
     return next((t.shape[batch_dim] for t in tensors_of(example_inputs) if t.dim() > batch_dim), 0)
 
 
+def first_samples(example_inputs: Any, samples: int) -> Any:
+    """The first samples of a batch; tensors whose first size is not the first tensor's are left whole.
+
+    >>> first_samples(torch.zeros(8, 3), 2).shape
+    torch.Size([2, 3])
+    """
+    batch = batch_size(example_inputs)
+    return map_tensors(example_inputs, lambda t: t[:samples] if t.dim() and t.shape[0] == batch else t)
+
+
 def fresh_inputs(example_inputs: Any, samples: int, *, batch_dim: int = 0, seed: int = 0) -> Any:
     """New inputs of the same kind as the example, at another batch size.
 

@@ -14,8 +14,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tersor.errors import TraceError
 from tersor.graph import contractions, movement, reductions
-from tersor.graph.inputs import copied, evaluating, named_tensors, refuse_lazy, run, tensors_of
+from tersor.graph.inputs import (
+    batch_size,
+    copied,
+    evaluating,
+    first_samples,
+    named_tensors,
+    refuse_lazy,
+    run,
+    tensors_of,
+)
 from tersor.graph.labels import Ledger
 from tersor.graph.rules import Call, Labels, base_name, find_rule, preserves_values
 
@@ -24,6 +34,9 @@ RULE_MODULES = (contractions, movement, reductions)
 
 FIXED = (nn.MultiheadAttention,)
 """Modules whose code computes with their own sizes."""
+
+ENOUGH = 2
+"""Samples of a batch that a run needs; one would hide what broadcasts along the batch."""
 
 Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
@@ -186,6 +199,7 @@ def propagate(
 ) -> Propagation:
     """Run ``model`` once, in eval mode and without gradients, and follow the labels of all its parameters and buffers.
 
+    A few samples of a batch say as much as all; where the model does not run on them, all are taken.
     The model is left as it was: no parameter, buffer, hook or train/eval flag changes.
 
     Args:
@@ -198,6 +212,16 @@ def propagate(
         TraceError: the model does not run on these inputs.
     """
     refuse_lazy(model)
+    if batch_size(example_inputs) > ENOUGH:
+        try:
+            few = first_samples(example_inputs, ENOUGH)
+            return _propagate(model, few, record_outputs=record_outputs, record_nodes=record_nodes)
+        except TraceError:  # the first dimension is no batch, or its size stands in the code: all of it, then
+            pass
+    return _propagate(model, example_inputs, record_outputs=record_outputs, record_nodes=record_nodes)
+
+
+def _propagate(model: nn.Module, example_inputs: Any, *, record_outputs: bool, record_nodes: bool) -> Propagation:
     ledger = Ledger()
     follower = _Follower(ledger)
     # Two parameters over the same values are one, as two names of one parameter are.
