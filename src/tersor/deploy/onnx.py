@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.analysis.compare import with_batch_size
-from tersor.analysis.macs import batch_size_of
+from tersor.analysis.batches import batch_size_of, with_batch_size
 from tersor.errors import MissingExtraError, TraceError, VerificationError
 from tersor.graph.inputs import as_call, evaluating, map_tensors, tensors_of
 from tersor.speedup.verify import outputs_of, relative_error

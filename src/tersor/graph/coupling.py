@@ -89,7 +89,6 @@ class Coupling:
         for axis in self.axes:
             for name in axis.names:
                 self._by_name.setdefault(name, []).append(axis)
-        self._by_place = {(name, axis.dim): axis for axis in self.axes for name in axis.names}
 
     @cached_property
     def frozen(self) -> np.ndarray:
@@ -100,7 +99,7 @@ class Coupling:
 
     def axis(self, name: str, dim: int) -> Axis | None:
         """One dimension of a named tensor; None for a size of 1 or an unknown name."""
-        return self._by_place.get((name, dim))
+        return next((axis for axis in self._by_name.get(name, ()) if axis.dim == dim), None)
 
     def classes_along(self, name: str, dim: int) -> np.ndarray | None:
         """The class of each index along one dimension; None for a size of 1 or an unknown name."""

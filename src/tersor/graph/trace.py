@@ -82,8 +82,6 @@ DECISIONS = frozenset(
     {"__bool__", "__int__", "__float__", "__index__", "__len__", "item", "tolist", "numpy", "__array__"}
 )
 """Methods that turn a tensor into a Python value, on which code can decide."""
-GETTERS = {"T", "mT", "H", "mH", "real", "imag", "data", "grad"}
-"""Attributes of a tensor that are tensors themselves."""
 
 
 class _Tracer(TorchFunctionMode):
