@@ -185,21 +185,6 @@ def test_what_feeds_a_recurrent_layer_may_leave(kind):
     assert speedup.report.error < 1e-5
 
 
-def test_what_feeds_an_attention_module_stays():
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.attention = nn.Linear(3, 4), nn.MultiheadAttention(4, 2, batch_first=True)
-
-        def forward(self, x):
-            x = self.a(x)
-            return self.attention(x, x, x)[0]
-
-    speedup = ModelSpeedup(Attention(), torch.randn(2, 5, 3), {"a": {"weight": rows(4, [1, 2])}})
-    assert speedup.speedup_model().a.out_features == 4
-    assert "MultiheadAttention" in speedup.report.left_alone[0].reason
-
-
 def test_two_parameters_over_the_same_values():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 2))
     model[2].weight = nn.Parameter(model[0].weight.data)

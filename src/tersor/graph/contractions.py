@@ -1,6 +1,12 @@
-"""Contractions: what is summed over is read, what remains is written."""
+"""Contractions: what is summed over is read, what remains is written.
+
+Where a view has split channels into heads and their sizes, a product of activations settles that heads decide: what is
+summed over within a head stays whole.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -10,20 +16,22 @@ SUMMED = "is summed with the model's input or another tensor that no parameter c
 ADDED = "is added to a tensor that no parameter controls"
 
 
-def _read(call: Call, names: tuple[str, str], dims: tuple[int, int]) -> None:
+def _read(call: Call, names: tuple[str, str], operands: tuple[Labels, Labels], dims: tuple[int, int]) -> None:
     """A sum over a dimension of two operands: their labels agree, and the one that is a weight reads them.
 
-    Without a weight the sum would go on counting what a removed index still carries, so nothing may leave.
+    Where neither is zero at what is masked, the sum would go on counting what a removed index still carries.
     """
     tensors = [call.arguments[name] for name in names]
-    vectors = [call.labels_of(tensor).get(dim) for tensor, dim in zip(tensors, dims, strict=True)]
+    vectors = [labels.get(dim) for labels, dim in zip(operands, dims, strict=True)]
     meet(call, vectors, tensors[0].shape[dims[0]], SUMMED)
     weights = [call.is_weight(tensor) for tensor in tensors]
-    for is_weight, vector in zip(weights, vectors, strict=True):
-        if vector is not None and not any(weights):
-            call.ledger.freeze(vector, "is summed over without a parameter")
-        elif vector is not None and is_weight:
+    for tensor, is_weight, vector in zip(tensors, weights, vectors, strict=True):
+        if vector is None:
+            continue
+        if is_weight:
             call.ledger.mark_read(vector)
+        if not any(weights) and not any(call.is_zero(tensor) for tensor in tensors):
+            call.ledger.bend(vector, "is summed over, and is not zero where it is masked")
 
 
 def _write(call: Call, name: str, vector: Tensor | None) -> None:
@@ -42,35 +50,54 @@ def _channels(call: Call, written: Tensor | None, out: Tensor | None) -> Labels:
 
 @rule("convolution", "_convolution")
 def convolution(call: Call) -> Labels:
-    """``y[n, o] = sum_i w[o, i] * x[n, i] + b[o]``; transposed: ``w[i, o]``. Groups live and die whole."""
+    """``y[n, o] = sum_i w[o, i] * x[n, i] + b[o]``; transposed: ``w[i, o]``."""
     x, w = call.labels("input"), call.labels("weight")
-    freeze_rest(call, x, (1,), "a convolution slides over it")
+    freeze_rest(call, x, (0, 1), "a convolution slides over it")
     freeze_rest(call, w, (0, 1), "is a kernel position")
+    passed = {0: x[0]} if 0 in x else {}
     if call.arguments["groups"] > 1:
-        return _grouped_convolution(call, x.get(1), w)
+        return {**passed, **_grouped_convolution(call, x.get(1), w)}
     out_dim, in_dim = (1, 0) if call.arguments["transposed"] else (0, 1)
-    _read(call, ("input", "weight"), (1, in_dim))
-    return _channels(call, w.get(out_dim), w.get(out_dim))
+    _read(call, ("input", "weight"), (x, w), (1, in_dim))
+    return {**passed, **_channels(call, w.get(out_dim), w.get(out_dim))}
 
 
 def _grouped_convolution(call: Call, x: Tensor | None, w: Labels) -> Labels:
-    """Each group's input channels, weight rows and output channels share one fate; depthwise is one channel a group."""
+    """Whole groups leave, or the same positions of every group: whichever gives more to choose from.
+
+    Depthwise is one channel a group.
+    """
     groups, channels = call.arguments["groups"], call.arguments["input"].shape[1]
+    entering = (unknown_vector(channels) if x is None else x).reshape(groups, -1)
+    outer = w.get(0)
+    if outer is None or (w.get(1) is not None and groups < entering.shape[1]):
+        return _positions_of_groups(call, entering, w)
+    rows = outer.reshape(groups, -1)
     if 1 in w:
         call.ledger.freeze(w[1], "stands within a convolution's groups, which live and die whole")
-    outer = w.get(0)
-    if outer is None:
-        call.freeze({} if x is None else {1: x}, "feeds a grouped convolution that no parameter controls")
-        return {}
-    rows = outer.reshape(groups, -1)
-    entering = (unknown_vector(channels) if x is None else x).reshape(groups, -1)
-    call.ledger.tie_rows(rows)
+    call.ledger.tie(rows, [1])
     for column in entering.unbind(1):
         call.ledger.join(rows[:, 0], column, SUMMED)
     if not call.arguments["transposed"]:
         return _channels(call, outer, outer)
     width = call.result.shape[1] // groups
     return _channels(call, outer, rows[:, :1].expand(groups, width).reshape(-1))
+
+
+def _positions_of_groups(call: Call, entering: Tensor, w: Labels) -> Labels:
+    """Every group loses the same positions, of its inputs and of its outputs."""
+    groups, transposed = call.arguments["groups"], call.arguments["transposed"]
+    inner, outer = (w.get(0), w.get(1)) if transposed else (w.get(1), w.get(0))
+    inputs = call.ledger.tie(entering, [0]).reshape(-1)
+    if transposed and inner is not None:
+        inner = call.ledger.tie(inner.reshape(groups, -1), [0]).reshape(-1)
+    meet(call, [inputs, inner], len(inputs), SUMMED)
+    if inner is not None and call.is_weight(call.arguments["weight"]):
+        call.ledger.mark_read(w[0] if transposed else w[1])
+    if outer is None:
+        return _channels(call, None, None)
+    positions = outer if transposed else call.ledger.tie(outer.reshape(groups, -1), [0]).reshape(-1)
+    return _channels(call, outer, positions.repeat(groups))
 
 
 @rule("mm", "bmm")
@@ -81,9 +108,9 @@ def matrix_product(call: Call) -> Labels:
 
 
 def _product(call: Call, left: str, right: str) -> Labels:
-    a, b = call.labels(left), call.labels(right)
     row, column = call.result.dim() - 2, call.result.dim() - 1
-    _read(call, (left, right), (column, row))
+    a, b = call.labels(left, whole=(column,)), call.labels(right, whole=(row,))
+    _read(call, (left, right), (a, b), (column, row))
     labels: Labels = {}
     for dim, name, source in ((row, left, a), (column, right, b)):
         if dim in source:
@@ -119,3 +146,39 @@ def embedding(call: Call) -> Labels:
     freeze_rest(call, w, (1,), "is a row of an embedding table")
     _write(call, "weight", w.get(1))
     return {call.result.dim() - 1: w[1]} if 1 in w else {}
+
+
+@rule("mv")
+def matrix_vector_product(call: Call) -> Labels:
+    """``y[i] = sum_k a[i, k] * x[k]``."""
+    a, x = call.labels("self", whole=(1,)), call.labels("vec")
+    _read(call, ("self", "vec"), (a, {1: x[0]} if x else {}), (1, 1))
+    if 0 in a:
+        _write(call, "self", a[0])
+    return {0: a[0]} if 0 in a else {}
+
+
+@rule("dot", "vdot")
+def inner_product(call: Call) -> Labels:
+    """``y = sum_k a[k] * b[k]``."""
+    names = [argument.name for argument in call.operator._schema.arguments][:2]
+    _read(call, (names[0], names[1]), (call.labels(names[0]), call.labels(names[1])), (0, 0))
+    return {}
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(call: Call) -> list[Labels]:
+    """Sums or means of rows of a table: as ``embedding``, for the first of its results."""
+    w = call.labels("weight")
+    freeze_rest(call, w, (1,), "is a row of an embedding table")
+    _write(call, "weight", w.get(1))
+    return [{1: w[1]} if 1 in w else {}] + [{} for _ in call.result[1:]]
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(call: Call) -> Any:
+    """``w = g * v / |v|``: the norm runs over masked values of ``v``, which are zero, so nothing is lost by removal."""
+    v, g = call.labels("v"), call.labels("g")
+    dim = call.arguments.get("dim", 0)
+    meet(call, [v.get(dim), g.get(dim)], call.arguments["v"].shape[dim], "is scaled by what no parameter controls")
+    return [v] + [{} for _ in call.result[1:]] if isinstance(call.result, (list, tuple)) else v

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tersor.errors import EmptyLayerError, TraceError
+from tersor.errors import EmptyLayerError, InvalidValueError, TraceError
+from tersor.graph.follow import follow
 from tersor.graph.inputs import named_tensors
 from tersor.graph.labels import Axis
-from tersor.graph.propagate import propagate
-from tersor.graph.rules import Labels
+from tersor.graph.movement import support
+from tersor.graph.rules import Fields, Labels
 
 Masks = Mapping[str, Mapping[str, Tensor]]
 """``{module name: {target name: bool tensor}}``, 1 keeps."""
@@ -68,8 +69,10 @@ class Coupling:
     Attributes:
         example_inputs: what the model was run on.
         axes: every dimension of every parameter and buffer with more than one index.
+        allow_inexact: whether classes may leave over which a statistic runs (layer norm).
         classes: the class of each label, shape ``(labels,)``.
         reasons: why a class is frozen.
+        inexact: why removing a class changes the numbers of what stays.
         written: labels that a contraction computes.
         read: labels that a contraction sums over.
         unknown: operators without a rule that touched labels.
@@ -77,18 +80,36 @@ class Coupling:
         nodes: labels of each node's result, where the model is a GraphModule and they were asked for.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, *, record_nodes: bool = False) -> None:
-        propagation = propagate(model, example_inputs, record_nodes=record_nodes)
-        self.nodes: Mapping[str, Labels] = dict(propagation.outputs)
+    def __init__(
+        self, model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False, record_nodes: bool = False
+    ) -> None:
+        propagation = follow(model, example_inputs, record_nodes=record_nodes)
         self.example_inputs = example_inputs
+        self.allow_inexact = allow_inexact
         self.axes: tuple[Axis, ...] = tuple(propagation.ledger.axes)
-        self.classes, self.reasons, self.written, self.read = propagation.ledger.solve()
+        found = propagation.ledger.solve(propagation.live)
+        self.classes, self.written, self.read = found.of, found.written, found.read
+        self.inexact: Mapping[int, str] = found.bent
+        self.reasons: Mapping[int, str] = found.reasons if allow_inexact else {**found.bent, **found.reasons}
+        self.nodes: Mapping[str, Labels] = {name: self.settled(labels) for name, labels in propagation.outputs}
         self.unknown: Mapping[str, int] = propagation.unknown
         self.unused: tuple[str, ...] = propagation.unused
         self._by_name: dict[str, list[Axis]] = {}
         for axis in self.axes:
             for name in axis.names:
                 self._by_name.setdefault(name, []).append(axis)
+
+    def settled(self, fields: Fields) -> Labels:
+        """One vector of labels a dimension: by now fields over several are constant along all but one."""
+        labels: Labels = {}
+        for dims, array in fields.items():
+            if isinstance(dims, int):
+                labels[dims] = array
+                continue
+            found = support(torch.from_numpy(self.classes[array.numpy()]))
+            if found is not None and isinstance(found[0], int):
+                labels[dims[found[0]]] = found[1]
+        return labels
 
     @cached_property
     def frozen(self) -> np.ndarray:
@@ -129,10 +150,15 @@ class Coupling:
 
         Dimensions that no contraction writes or reads (kernel positions) are left out.
         """
+        return tuple(self._group(roots, reason) for roots, reason in self._group_classes())
+
+    def _group_classes(self) -> list[tuple[list[int], str | None]]:
+        """The classes of each group, and why they are frozen."""
         owner = np.zeros(len(self.classes), dtype=np.int64)
         for number, axis in enumerate(self.axes):
             owner[axis.span] = number
-        pairs = np.unique(np.stack([self.classes[1:], owner[1:]], axis=1), axis=0)
+        end = self.axes[-1].span.stop if self.axes else 1  # behind it: labels of what belongs to no parameter
+        pairs = np.unique(np.stack([self.classes[1:end], owner[1:end]], axis=1), axis=0)
         marks = np.random.default_rng(0).integers(1, 2**62, size=len(self.axes), dtype=np.int64)
         signature = np.zeros(len(self.classes), dtype=np.int64)
         np.add.at(signature, pairs[:, 0], marks[pairs[:, 1]])
@@ -142,7 +168,7 @@ class Coupling:
         found: dict[tuple[int, str | None], list[int]] = {}
         for root in np.unique(self.classes[used[self.classes]]).tolist():
             found.setdefault((int(signature[root]), self.reasons.get(root)), []).append(root)
-        return tuple(self._group(roots, reason) for (_, reason), roots in found.items())
+        return [(roots, reason) for (_, reason), roots in found.items()]
 
     def _group(self, roots: list[int], reason: str | None) -> CouplingGroup:
         inside = np.zeros(len(self.classes), dtype=bool)
@@ -180,12 +206,52 @@ class Coupling:
             )
         return leaves
 
+    def random_masks(self, ratio: float, seed: int = 0) -> dict[str, dict[str, Tensor]]:
+        """Masks that remove a share of the choices of every free group, drawn at random; never all of them.
+
+        Args:
+            ratio: the share, from 0 to 1; rounded down to whole choices.
+            seed: of the draw.
+
+        Returns:
+            ``{module: {target: mask}}`` for the parameters that the groups are written by, or, where there are none,
+            for those that read them; masks broadcast along the other dimensions.
+
+        Raises:
+            InvalidValueError: the ratio is not between 0 and 1.
+        """
+        if not 0 <= ratio <= 1:
+            raise InvalidValueError(
+                f"ratio is {ratio}", where="random_masks", legal=("0 to 1",), remedy="Give the share that is removed."
+            )
+        generator = np.random.default_rng(seed)
+        leaves = np.zeros(len(self.classes), dtype=bool)
+        for roots, reason in self._group_classes():
+            if reason is None:
+                leaves[generator.permutation(roots)[: min(int(ratio * len(roots)), len(roots) - 1)]] = True
+        role = self.written.copy()
+        is_written = np.bincount(self.classes[role], minlength=len(self.classes)) > 0
+        role |= self.read & ~is_written[self.classes]
+        masks: dict[str, dict[str, Tensor]] = {}
+        for axis in self.axes:
+            vector = leaves[self.classes[axis.span]] & role[axis.span]
+            if vector.any():
+                for name in axis.names:
+                    module, _, target = name.rpartition(".")
+                    shape = [axis.size if dim == axis.dim else 1 for dim in range(axis.rank)]
+                    own = masks.setdefault(module, {})
+                    own[target] = own.get(target, torch.ones(1, dtype=torch.bool)) & torch.from_numpy(~vector).view(
+                        shape
+                    )
+        return masks
+
     def _losing(self, removed: np.ndarray) -> list[tuple[Axis, int]]:
         """Axes that lose something, with the number of their indices that leave."""
         if not self.axes:
             return []
         # Axes stand one after the other from label 1 on.
-        lost = np.add.reduceat(removed[self.classes].astype(np.int64), [axis.start for axis in self.axes])
+        end = self.axes[-1].span.stop
+        lost = np.add.reduceat(removed[self.classes[:end]].astype(np.int64), [axis.start for axis in self.axes])
         return [(self.axes[number], int(lost[number])) for number in np.flatnonzero(lost)]
 
     def masked(self, masks: Masks) -> np.ndarray:

@@ -60,9 +60,14 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def tensors_of(value: Any, _seen: frozenset[int] = frozenset()) -> list[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and objects with attributes, in order."""
+    """Every tensor in nested tuples, lists, mappings and objects with attributes, in order.
+
+    The tensors of a key-value cache are not among them: it is a model's state, not its result.
+    """
     if isinstance(value, Tensor):
         return [value]
+    if hasattr(value, "get_seq_length"):
+        return []
     if isinstance(value, Mapping):
         items: Any = value.values()
     elif isinstance(value, (tuple, list)):

@@ -7,7 +7,7 @@ by one vectorised connected-components pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,14 +54,41 @@ class Axis:
         return torch.arange(self.start, self.start + self.size, device="cpu")
 
 
+@dataclass(frozen=True)
+class Classes:
+    """What all joins and freezes of a model amount to.
+
+    Attributes:
+        of: the class of each label (the least label in it), shape ``(labels,)``.
+        reasons: why a class may not leave (the first reason).
+        bent: why removing a class changes the numbers of what stays; such a class leaves only where that is allowed.
+        written: labels that a contraction computes, boolean, shape ``(labels,)``.
+        read: labels that a contraction sums over, boolean, shape ``(labels,)``.
+    """
+
+    of: np.ndarray
+    reasons: dict[int, str]
+    bent: dict[int, str]
+    written: np.ndarray
+    read: np.ndarray
+
+
 @dataclass
 class Ledger:
-    """All labels of one model, and what was recorded about them while it ran."""
+    """All labels of one model, and what was recorded about them while it ran.
+
+    ``clock`` numbers the operators. What is recorded under :meth:`bend` counts only where the operator's result reaches
+    an output of the model.
+    """
 
     axes: list[Axis] = field(default_factory=list)
     count: int = 1
+    clock: int = 0
+    elastic_from: int = 0
     _joins: list[tuple[Tensor, Tensor, str]] = field(default_factory=list)
     _frozen: list[tuple[Tensor, str]] = field(default_factory=list)
+    _bent: list[tuple[Tensor, str, int]] = field(default_factory=list)
+    _fields: list[Tensor] = field(default_factory=list)
     _written: list[Tensor] = field(default_factory=list)
     _read: list[Tensor] = field(default_factory=list)
 
@@ -70,7 +97,17 @@ class Ledger:
         axis = Axis(names, tensor.dim(), dim, tensor.shape[dim], self.count, isinstance(tensor, nn.Parameter))
         self.axes.append(axis)
         self.count += axis.size
+        self.elastic_from = self.count
         return axis.labels
+
+    def elastic(self, size: int) -> Tensor:
+        """Labels for a dimension along which a tensor is constant (zeros, what was expanded): it follows others."""
+        self.count += size
+        return torch.arange(self.count - size, self.count, device="cpu")
+
+    def is_elastic(self, vector: Tensor) -> bool:
+        """Whether no label of a vector belongs to a parameter or buffer."""
+        return bool((vector >= self.elastic_from).all())
 
     def join(self, a: Tensor, b: Tensor, reason: str) -> None:
         """The indices of two label vectors of equal length agree, one by one.
@@ -81,14 +118,30 @@ class Ledger:
         if a is not b:
             self._joins.append((a, b, reason))
 
-    def tie_rows(self, rows: Tensor) -> None:
-        """In each row of a label matrix, all indices live and die together."""
-        for column in range(1, rows.shape[1]):
-            self._joins.append((rows[:, 0], rows[:, column], ""))
+    def tie(self, field: Tensor, dims: Iterable[int]) -> Tensor:
+        """Along these dimensions of a field of labels, all indices live and die together.
+
+        Returns:
+            the field with size 1 along the tied dimensions.
+        """
+        first = field
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        if first.numel() != field.numel():
+            self._joins.append((first.expand(field.shape).reshape(-1), field.reshape(-1), ""))
+        return first
 
     def freeze(self, vector: Tensor, reason: str) -> None:
         """These indices stay."""
-        self._frozen.append((vector, reason))
+        self._frozen.append((vector.reshape(-1), reason))
+
+    def bend(self, vector: Tensor, reason: str) -> None:
+        """Without these indices the computation goes through, but its numbers change: a statistic runs over them."""
+        self._bent.append((vector.reshape(-1), reason, self.clock))
+
+    def must_be_product(self, field: Tensor) -> None:
+        """What is left of a field over several dimensions must be a product of index sets."""
+        self._fields.append(field)
 
     def mark_written(self, vector: Tensor) -> None:
         """A contraction computes these indices of its output from this parameter's rows."""
@@ -98,23 +151,52 @@ class Ledger:
         """A contraction sums over these indices."""
         self._read.append(vector)
 
-    def solve(self) -> tuple[np.ndarray, dict[int, str], np.ndarray, np.ndarray]:
+    def solve(self, live: np.ndarray | None = None) -> Classes:
         """Classes of all labels.
 
-        Returns:
-            the class of each label (the least label in it), shape ``(count,)``; why a class is frozen (first reason);
-            which labels are written and which are read by a contraction, boolean, shape ``(count,)``.
+        Args:
+            live: for each tick of the clock whether that operator's result reaches an output; None where all do.
         """
         a = _concatenated([a for a, _, _ in self._joins])
         b = _concatenated([b for _, b, _ in self._joins])
         known = (a != UNKNOWN) & (b != UNKNOWN)
-        classes = connected_components(self.count, a[known], b[known])
+        classes = self._as_products(connected_components(self.count, a[known], b[known]))
         frozen = [(torch.zeros(1, dtype=torch.int64, device="cpu"), "no parameter controls it"), *self._frozen]
         frozen += self._met_unknown(a, b, known)
-        owner = np.repeat(np.arange(len(frozen)), [len(vector) for vector, _ in frozen])
-        labels, first = np.unique(classes[_concatenated([vector for vector, _ in frozen])], return_index=True)
-        reasons = {label: frozen[owner[place]][1] for label, place in zip(labels.tolist(), first.tolist(), strict=True)}
-        return classes, reasons, self._flags(self._written), self._flags(self._read)
+        frozen += self._covering(classes)
+        bent = [(vector, reason) for vector, reason, clock in self._bent if live is None or live[clock]]
+        return Classes(
+            classes,
+            _first_reasons(classes, frozen),
+            _first_reasons(classes, bent),
+            self._flags(self._written),
+            self._flags(self._read),
+        )
+
+    def _as_products(self, classes: np.ndarray) -> np.ndarray:
+        """Tie labels until each field is constant along all of its dimensions but one.
+
+        Which one: the longest, so that the least is tied. A field in which heads already live and die whole, because of
+        what was computed with them, is left as it is.
+        """
+        fields = [field.numpy() for field in self._fields]
+        while True:
+            ties = [tie for field in fields for tie in _product_ties(classes, field)]
+            if not ties:
+                return classes
+            a, b = (np.concatenate(side) for side in zip(*ties, strict=True))
+            known = (a != UNKNOWN) & (b != UNKNOWN)
+            unknown = np.maximum(a, b)[~known]
+            self._frozen.append((torch.from_numpy(unknown), "stands beside what no parameter controls"))
+            joined = connected_components(self.count, classes[a[known]], classes[b[known]])
+            classes = joined[classes]
+
+    def _covering(self, classes: np.ndarray) -> Iterator[tuple[Tensor, str]]:
+        """Axes whose indices are all of one class: nothing would be left of them."""
+        for axis in self.axes:
+            own = classes[axis.span]
+            if (own == own[0]).all():
+                yield axis.labels[:1], f"lives and dies with all of {axis.name} dim {axis.dim}"
 
     def _met_unknown(self, a: np.ndarray, b: np.ndarray, known: np.ndarray) -> Iterator[tuple[Tensor, str]]:
         """Labels that were joined with an unknown index, and the reason of that join."""
@@ -130,6 +212,26 @@ class Ledger:
         flags[_concatenated(vectors)] = True
         flags[UNKNOWN] = False
         return flags
+
+
+def _first_reasons(classes: np.ndarray, entries: list[tuple[Tensor, str]]) -> dict[int, str]:
+    owner = np.repeat(np.arange(len(entries)), [len(vector) for vector, _ in entries])
+    labels, first = np.unique(classes[_concatenated([vector for vector, _ in entries])], return_index=True)
+    return {label: entries[owner[place]][1] for label, place in zip(labels.tolist(), first.tolist(), strict=True)}
+
+
+def _product_ties(classes: np.ndarray, field: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The joins that make a field constant along all dimensions but one; none where it is."""
+    found = classes[field]
+    constant = [bool((found == found.take([0], dim)).all()) for dim in range(found.ndim)]
+    if sum(not flat for flat in constant) < 2:
+        return
+    keep = max((dim for dim in range(found.ndim) if not constant[dim]), key=lambda dim: found.shape[dim])
+    first = field
+    for dim in range(field.ndim):
+        if dim != keep:
+            first = first.take([0], dim)
+    yield np.broadcast_to(first, field.shape).reshape(-1), field.reshape(-1)
 
 
 def _concatenated(vectors: list[Tensor]) -> np.ndarray:

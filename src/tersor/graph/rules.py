@@ -1,29 +1,37 @@
 """What each ATen operator does to labels.
 
-A tensor's labels are ``{dimension: vector}``: one label for each index along that dimension; a dimension without an
-entry is controlled by no parameter. Three kinds of operators:
+A tensor's labels are ``{dimensions: array}``. Most often one dimension, ``{1: vector}``: one label for each index
+along it. A view that splits a labelled dimension (heads and their sizes, a channel shuffle) gives a *field* over
+several dimensions, ``{(2, 3): matrix}``, as long as nothing says which of them decides. A dimension in no entry is
+controlled by no parameter. Kinds of operators:
 
-- data movement (``movement.py``): the same operator runs on the labels;
+- data movement (``movement.py``, ``indexing.py``): the same operator runs on the labels;
 - pointwise operators, known by PyTorch's own tag, join the labels of their operands where these have full size;
-- contractions (``contractions.py``), normalizations, pooling and reductions (``reductions.py``) have a rule each.
+- contractions (``contractions.py``), recurrent layers (``recurrent.py``), normalizations, pooling and reductions
+  (``reductions.py``) and constants (``constants.py``) have a rule each.
 
 Whatever is not known here freezes the labels that touch it, and is reported: nothing is guessed. A new operator is one
-function under :func:`rule`.
+function under :func:`rule`; a user's own operator or module is one under :func:`propagate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tersor.errors import InvalidValueError
 from tersor.graph.inputs import tensors_of
 from tersor.graph.labels import UNKNOWN, Ledger
 
 Labels = dict[int, Tensor]
+"""One vector of labels for each labelled dimension."""
+Dims = int | tuple[int, ...]
+Fields = dict[Dims, Tensor]
+"""The same, with arrays over several dimensions among them."""
 
 
 @dataclass(frozen=True)
@@ -36,32 +44,80 @@ class Call:
     ledger: Ledger
     fact: Callable[[Tensor], Any]
 
-    def labels(self, argument: str) -> Labels:
-        """Labels of a tensor argument; empty for None."""
-        value = self.arguments.get(argument)
-        return self.labels_of(value) if isinstance(value, Tensor) else {}
+    def labels(self, argument: str, whole: Iterable[int] = ()) -> Labels:
+        """Labels of a tensor argument, one vector a dimension; empty for None.
 
-    def labels_of(self, tensor: Tensor) -> Labels:
-        """Labels of an operand."""
+        Args:
+            argument: its name.
+            whole: dimensions that the operator mixes. Of a field over several dimensions these are tied, so that the
+                others decide (scores over a head's size: whole heads live and die).
+        """
+        value = self.arguments.get(argument)
+        return self.labels_of(value, whole) if isinstance(value, Tensor) else {}
+
+    def labels_of(self, tensor: Tensor, whole: Iterable[int] = ()) -> Labels:
+        """Labels of an operand, as :meth:`labels` has them."""
+        labels: Labels = {}
+        for dims, array in self.fields_of(tensor).items():
+            if isinstance(dims, int):
+                labels[dims] = array
+            else:
+                labels.update(self._settled(dims, array, {dim % tensor.dim() for dim in whole}))
+        return labels
+
+    def _settled(self, dims: tuple[int, ...], field: Tensor, whole: set[int]) -> Labels:
+        """A field with one dimension left that decides: the first that need not stay whole."""
+        free = [place for place, dim in enumerate(dims) if dim not in whole]
+        tied = [place for place in range(len(dims)) if place not in free[:1]]
+        vector = self.ledger.tie(field, tied).reshape(-1)
+        if free:
+            return {dims[free[0]]: vector}
+        self.ledger.freeze(vector, f"'{self.name}' mixes all of it")
+        return {}
+
+    def fields_of(self, tensor: Tensor) -> Fields:
+        """Labels of an operand as they are, fields among them."""
         return self.fact(tensor).labels
 
     def is_weight(self, tensor: Tensor) -> bool:
         """Whether an operand is a parameter, as it is or reshaped: then its masked values are zero."""
         return self.fact(tensor).is_weight
 
-    def freeze(self, labels: Labels, reason: str) -> None:
+    def is_zero(self, tensor: Tensor) -> bool:
+        """Whether an operand is zero at every index that leaves, once everything that leaves with it is masked."""
+        return self.fact(tensor).is_zero
+
+    def join(self, a: Tensor | None, b: Tensor | None, reason: str) -> None:
+        """Two vectors of labels live and die together, one by one; one side may be uncontrolled (None)."""
+        if a is not None or b is not None:
+            size = len(a if a is not None else b)  # type: ignore[arg-type]
+            meet(self, [a, b], size, reason)
+
+    def freeze(self, labels: Mapping[Any, Tensor], reason: str) -> None:
         """Nothing in these labels may leave."""
         for vector in labels.values():
             self.ledger.freeze(vector, reason)
 
+    def reads(self, vector: Tensor | None) -> None:
+        """These indices of a parameter are summed over."""
+        if vector is not None:
+            self.ledger.mark_read(vector)
+
+    def writes(self, vector: Tensor | None) -> None:
+        """These indices of the result are computed from a parameter's rows."""
+        if vector is not None:
+            self.ledger.mark_written(vector)
+
     @property
     def name(self) -> str:
         """The operator's name without namespace and without the in-place underscore."""
-        return base_name(self.operator)
+        return self.operator.__name__ if isinstance(self.operator, type) else base_name(self.operator)
 
 
 Rule = Callable[[Call], Any]
 RULES: dict[str, Rule] = {}
+CUSTOM_OPERATORS: dict[str, Rule] = {}
+CUSTOM_MODULES: dict[type[nn.Module], Rule] = {}
 
 
 def base_name(operator: Any) -> str:
@@ -70,7 +126,7 @@ def base_name(operator: Any) -> str:
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of the named operators.
+    """Register a function as the rule of the named ATen operators.
 
     It takes a :class:`Call` and returns the labels of the result: one mapping, or a list of mappings where the
     operator returns several tensors.
@@ -81,6 +137,58 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+def propagate(target: Any) -> Callable[[Rule], Rule]:
+    """Register how labels pass through a user's own operator or module; this rule comes before any other.
+
+    The function takes a :class:`Call`. For an operator (``torch.ops.mine.scale``) ``call.arguments`` has the schema's
+    names; for a module type the names of ``forward``'s arguments and, beside them, the module's own parameters and
+    buffers, and the module is followed as one step, whatever it computes inside. It returns the labels of the result,
+    ``{dimension: vector}``, or a list of them where there are several tensors. Subclasses follow their base class.
+
+    Args:
+        target: a subclass of ``torch.nn.Module``, or an operator of ``torch.ops``.
+
+    Raises:
+        InvalidValueError: it is neither.
+
+    >>> class Gain(nn.Module):
+    ...     def __init__(self, channels):
+    ...         super().__init__()
+    ...         self.gain = nn.Parameter(torch.ones(channels))
+    ...
+    ...     def forward(self, x):
+    ...         return x * self.gain[:, None, None]
+    >>> @propagate(Gain)
+    ... def gain(call):
+    ...     x, own = call.labels("x"), call.labels("gain")
+    ...     call.join(x.get(1), own.get(0), "meets a gain")
+    ...     return x
+    """
+
+    def register(function: Rule) -> Rule:
+        if isinstance(target, type) and issubclass(target, nn.Module):
+            CUSTOM_MODULES[target] = function
+        else:
+            CUSTOM_OPERATORS[schema_name(target)] = function
+        return function
+
+    return register
+
+
+def schema_name(operator: Any) -> str:
+    """``mylib::scale`` for ``torch.ops.mylib.scale`` and each of its overloads."""
+    if isinstance(operator, torch._ops.OpOverload):
+        return operator._schema.name
+    if isinstance(operator, torch._ops.OpOverloadPacket):
+        return operator._qualified_op_name
+    raise InvalidValueError(
+        f"{operator!r} is neither an operator nor a module type",
+        where="propagate",
+        legal=("a subclass of torch.nn.Module", "an operator of torch.ops"),
+        remedy="Write @propagate(MyModule) or @propagate(torch.ops.mylib.my_op).",
+    )
 
 
 def unknown_vector(size: int) -> Tensor:
@@ -109,19 +217,119 @@ def meet(call: Call, vectors: Sequence[Tensor | None], size: int, reason: str) -
     return known
 
 
-def pointwise(call: Call) -> Labels:
+def place(call: Call, labels: Fields, dims: Dims, array: Tensor) -> None:
+    """Put labels at dimensions. Where something else already stands at one of them, neither can leave.
+
+    What was only expanded gives way: it has no index of its own.
+    """
+    own = as_tuple(dims)
+    for other in [key for key in labels if set(as_tuple(key)) & set(own)]:
+        reason = f"'{call.name}' merges it with another dimension that carries labels"
+        if call.ledger.is_elastic(labels[other]):
+            call.ledger.freeze(labels.pop(other), reason)
+            continue
+        call.ledger.freeze(array, reason)
+        if not call.ledger.is_elastic(array):
+            call.ledger.freeze(labels.pop(other), reason)
+        return
+    labels[dims] = array
+
+
+def as_tuple(dims: Dims) -> tuple[int, ...]:
+    """``(1,)`` for ``1``."""
+    return (dims,) if isinstance(dims, int) else dims
+
+
+def as_dims(dims: Sequence[int]) -> Dims:
+    """``1`` for ``(1,)``."""
+    return dims[0] if len(dims) == 1 else tuple(dims)
+
+
+def pointwise(call: Call) -> Fields:
     """Operands of full size along a dimension agree there; a size of 1 broadcasts and says nothing."""
     operands = tensors_of(list(call.arguments.values()))
     out = call.result if isinstance(call.result, Tensor) else operands[0]
     reason = f"meets an operand of '{call.name}' that no parameter controls"
-    labels: Labels = {}
+    own = [_aligned(call.fields_of(operand), out.dim() - operand.dim()) for operand in operands]
+    labels: Fields = {}
+    for dims in _components(own):
+        array = _meet_fields(call, out, dims, list(zip(operands, own, strict=True)), reason)
+        if array is not None:
+            labels[array[0]] = array[1]
+    fielded = {dim for fields in own for key in fields if not isinstance(key, int) for dim in key}
     for dim, size in enumerate(out.shape):
-        own = [(operand, dim - out.dim() + operand.dim()) for operand in operands]
-        full = [(operand, d) for operand, d in own if d >= 0 and operand.shape[d] == size > 1]
-        vector = meet(call, [call.labels_of(operand).get(d) for operand, d in full], size, reason)
+        if dim in fielded or size == 1:
+            continue
+        full = [
+            fields.get(dim)
+            for operand, fields in zip(operands, own, strict=True)
+            if dim >= out.dim() - operand.dim() and operand.shape[dim - out.dim() + operand.dim()] == size
+        ]
+        vector = meet(call, full, size, reason)
         if vector is not None:
             labels[dim] = vector
     return labels
+
+
+def _aligned(fields: Fields, shift: int) -> Fields:
+    """Labels with their dimensions counted in the broadcast result."""
+    if not shift:
+        return fields
+    return {as_dims([dim + shift for dim in as_tuple(dims)]): array for dims, array in fields.items()}
+
+
+def _components(own: list[Fields]) -> list[tuple[int, ...]]:
+    """Sets of dimensions that fields of several dimensions connect."""
+    components: list[set[int]] = []
+    for fields in own:
+        for key in fields:
+            if not isinstance(key, int):
+                touching = [component for component in components if component & set(key)]
+                components = [component for component in components if component not in touching]
+                components.append(set(key).union(*touching))
+    return [tuple(sorted(component)) for component in components]
+
+
+def _meet_fields(
+    call: Call, out: Tensor, dims: tuple[int, ...], operands: list[tuple[Tensor, Fields]], reason: str
+) -> tuple[Dims, Tensor] | None:
+    """Operands agree over several dimensions at once, where each may broadcast along some of them.
+
+    Returns:
+        the dimensions that still decide, and the common labels along them.
+    """
+    shape = [out.shape[dim] for dim in dims]
+    arrays: list[Tensor] = []
+    whole: set[int] = set()
+    for operand, fields in operands:
+        shift = out.dim() - operand.dim()
+        full = {p for p, dim in enumerate(dims) if dim >= shift and operand.shape[dim - shift] == shape[p] > 1}
+        for key, array in fields.items():
+            places = [dims.index(dim) for dim in as_tuple(key) if dim in dims]
+            if places:
+                sizes = [shape[p] if p in places else 1 for p in range(len(dims))]
+                arrays.append(array.reshape(sizes))
+                full -= set(places)
+        whole |= full  # full size there, and no labels: nothing may leave along it
+    widest = max(arrays, key=Tensor.numel)
+    outermost = next((p for p in range(len(dims)) if p not in whole and widest.shape[p] > 1), None)
+    for array in list(arrays):
+        if outermost is not None and array.shape[outermost] == 1:
+            # Rotations, factors for each position within a head: whole heads decide, so these stay.
+            call.ledger.freeze(array, "stands within a head or block that lives and dies whole")
+            whole |= {p for p, size in enumerate(array.shape) if size > 1}
+            arrays.remove(array)
+    widest = call.ledger.tie(widest.expand(shape), whole)
+    for array in arrays:
+        whole |= {p for p, size in enumerate(array.shape) if size < shape[p]}
+        call.ledger.join(widest.expand(shape).reshape(-1), array.expand(shape).reshape(-1), "")
+    left = [p for p in range(len(dims)) if p not in whole]
+    if not left:
+        call.ledger.freeze(widest, reason)
+        return None
+    for p in whole:
+        widest = widest.narrow(p, 0, 1)
+    return as_dims([dims[p] for p in left]), widest.reshape([shape[p] for p in left])
 
 
 POINTWISE_UNTAGGED = frozenset(
@@ -136,6 +344,8 @@ MOVEMENT: set[str] = set()
 
 def find_rule(operator: Any) -> Rule | None:
     """The rule for an operator, or None where its effect is unknown."""
+    if operator._schema.name in CUSTOM_OPERATORS:
+        return CUSTOM_OPERATORS[operator._schema.name]
     name = base_name(operator)
     if operator.namespace == "aten":
         if name in MOVEMENT and operator._schema.is_mutable:
@@ -145,6 +355,11 @@ def find_rule(operator: Any) -> Rule | None:
         if name in POINTWISE_UNTAGGED | COPIES:
             return pointwise
     return pointwise if torch.Tag.pointwise in operator.tags else None
+
+
+def find_module_rule(module: nn.Module) -> Rule | None:
+    """The user's rule for a module's type or its nearest base class."""
+    return next((CUSTOM_MODULES[base] for base in type(module).__mro__ if base in CUSTOM_MODULES), None)
 
 
 def preserves_values(operator: Any) -> bool:

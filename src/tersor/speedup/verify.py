@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from tersor.errors import TraceError, VerificationError
 from tersor.graph.coupling import Coupling
+from tersor.graph.follow import follow
 from tersor.graph.inputs import copied, evaluating, run, tensors_of
-from tersor.graph.propagate import propagate
 
 ModuleOutputs = list[tuple[str, Tensor]]
 
@@ -87,9 +87,9 @@ def first_divergence(
         small: the outputs of the small model's modules, as far as it ran.
         tolerance: the relative error that passes.
     """
-    labelled = propagate(model, coupling.example_inputs, record_outputs=True).outputs
-    for (name, labels), (_, expected), (_, actual) in zip(labelled, masked, small, strict=False):
-        for dim, vector in labels.items():
+    labelled = follow(model, coupling.example_inputs, record_outputs=True).outputs
+    for (name, fields), (_, expected), (_, actual) in zip(labelled, masked, small, strict=False):
+        for dim, vector in coupling.settled(fields).items():
             kept = torch.from_numpy(np.flatnonzero(~removed[coupling.classes[vector.numpy()]]))
             if expected.dim() > dim and expected.shape[dim] == len(vector):
                 expected = expected.index_select(dim, kept.to(expected.device))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from tersor.errors import TraceError
-from tersor.graph import contractions, movement, reductions
+from tersor.graph import constants, contractions, indexing, movement, recurrent, reductions
 from tersor.graph.inputs import (
     batch_size,
     copied,
@@ -27,13 +31,11 @@ from tersor.graph.inputs import (
     tensors_of,
 )
 from tersor.graph.labels import Ledger
-from tersor.graph.rules import Call, Labels, base_name, find_rule, preserves_values
+from tersor.graph.rules import MOVEMENT, Call, Fields, Rule, base_name, find_module_rule, find_rule, preserves_values
+from tersor.graph.zeros import stays_zero
 
-RULE_MODULES = (contractions, movement, reductions)
+RULE_MODULES = (constants, contractions, indexing, movement, recurrent, reductions)
 """The modules whose import registers the rules."""
-
-FIXED = (nn.MultiheadAttention,)
-"""Modules whose code computes with their own sizes."""
 
 ENOUGH = 2
 """Samples of a batch that a run needs; one would hide what broadcasts along the batch."""
@@ -47,6 +49,7 @@ class Propagation:
 
     Attributes:
         ledger: all labels, joins and freezes.
+        live: for each tick of the ledger's clock, whether that operator's result reaches an output of the model.
         unknown: operators without a rule that touched labels, with the number of calls.
         unused: parameters that no operator touched in this run.
         outputs: where asked for: for each tensor that a module call returned, in order, the module's name and the
@@ -54,19 +57,27 @@ class Propagation:
     """
 
     ledger: Ledger
+    live: np.ndarray
     unknown: Mapping[str, int]
     unused: tuple[str, ...]
-    outputs: tuple[tuple[str, Labels], ...]
+    outputs: tuple[tuple[str, Fields], ...]
 
 
 class _Fact(NamedTuple):
-    """What is known of a tensor: its labels, and whether it is a parameter, as it is or reshaped."""
+    """What is known of a tensor.
 
-    labels: Labels
+    Attributes:
+        labels: of its dimensions.
+        is_weight: it is a parameter, as it is or reshaped.
+        is_zero: it is zero at every index that leaves, once everything that leaves with it is masked.
+    """
+
+    labels: Fields
     is_weight: bool
+    is_zero: bool
 
 
-NOTHING = _Fact({}, False)
+NOTHING = _Fact({}, False, False)
 
 
 class _Follower(TorchDispatchMode):
@@ -85,11 +96,15 @@ class _Follower(TorchDispatchMode):
         self._views: dict[int, set[Key]] = {}
         self._storages: dict[int, Any] = {}
         self.used: set[int] = set()
+        self.inside = 0  # how many modules that are followed as one step are running
+        self._writer: dict[int, int] = {}
+        self._sources: list[tuple[int, ...]] = [()]
+        self._sinks: list[int] = []
 
-    def learn(self, tensor: Tensor, labels: Labels, *, is_weight: bool = False) -> None:
+    def learn(self, tensor: Tensor, labels: Fields, *, is_weight: bool = False, is_zero: bool = False) -> None:
         """Remember what is known of a tensor."""
         key = _key(tensor)
-        self._facts[key] = _Fact(labels, is_weight)
+        self._facts[key] = _Fact(labels, is_weight, is_zero)
         self._views.setdefault(key[0], set()).add(key)
         if key[0] not in self._storages:
             # Without a storage (sparse tensors) the tensor itself is kept, and known by its identity.
@@ -110,47 +125,102 @@ class _Follower(TorchDispatchMode):
         self.used.update(key[0] for key in keys)
         result = func(*args, **kwargs)
         outputs = _operands((result,))
-        labels = self._apply(func, args, kwargs, result, facts) if any(f.labels for f in facts.values()) else {}
-        each = labels if isinstance(labels, list) else [labels] * len(outputs)
-        if func._schema.is_mutable and operands and not preserves_values(func):
-            self._forget_weights(operands[0])
-        is_weight = preserves_values(func) and all(fact.is_weight for fact in facts.values())
-        for tensor, own in zip(outputs, each, strict=True):
-            self.learn(tensor, own, is_weight=is_weight)
-        return result
-
-    def _apply(
-        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, facts: dict[int, _Fact]
-    ) -> Labels | list[Labels]:
+        self._tick({key[0] for key in keys}, outputs)
+        if self.inside:
+            return result
         names = [argument.name for argument in func._schema.arguments]
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         call = Call(func, arguments, result, self.ledger, lambda tensor: facts.get(id(tensor), NOTHING))
-        rule = find_rule(func)
-        overwrites = func._schema.is_mutable and len(facts) > 1 and self._has_other_views(args[0])
-        if rule is not None and not overwrites:
-            return rule(call)
-        name = base_name(func)
+        touched = base_name(func) in constants.MADE or any(f.labels for f in facts.values())
+        if func._schema.is_mutable and base_name(func) in MOVEMENT and _same_layout(keys[0], _key(operands[0])):
+            labels: Any = facts[id(operands[0])].labels
+        else:
+            labels = self._apply(call, operands, facts) if touched and outputs else {}
+        each = labels if isinstance(labels, list) else [labels] * len(outputs)
+        writes = func._schema.is_mutable and operands and not preserves_values(func)
+        if writes:
+            self._forget_values(operands[0])
+        is_weight = preserves_values(func) and all(fact.is_weight for fact in facts.values())
+        for tensor, own in zip(outputs, each, strict=True):
+            self.learn(tensor, own, is_weight=is_weight, is_zero=bool(own) and stays_zero(call, own))
+        return result
+
+    def _tick(self, read: set[int], outputs: list[Tensor]) -> None:
+        """Note which earlier operators this one's result rests on. A tensor rests on all that wrote its storage."""
+        self.ledger.clock += 1
+        written = {_key(tensor)[0] for tensor in outputs}
+        self._sources.append(tuple({self._writer[key] for key in read | written if key in self._writer}))
+        if not outputs:
+            self._sinks.append(self.ledger.clock)  # its result is a Python value, on which the model may decide
+        for key in written:
+            self._writer[key] = self.ledger.clock
+
+    def live(self, results: Sequence[Tensor]) -> np.ndarray:
+        """For each operator, whether its result reaches one of these tensors, or a decision of the model's code."""
+        live = np.zeros(len(self._sources), dtype=bool)
+        live[self._sinks] = True
+        live[[self._writer[_key(tensor)[0]] for tensor in results if _key(tensor)[0] in self._writer]] = True
+        for clock in range(len(live) - 1, 0, -1):
+            if live[clock]:
+                live[list(self._sources[clock])] = True
+        return live
+
+    def _apply(self, call: Call, operands: list[Tensor], facts: dict[int, _Fact]) -> Fields | list[Fields]:
+        rule = find_rule(call.operator)
+        name = call.name
+        if rule is not None:
+            labels = rule(call)
+            writes = call.operator._schema.is_mutable and len(facts) > 1
+            if not writes or set(labels) <= set(facts[id(operands[0])].labels) or not self._is_shared(operands[0]):
+                return labels
+            call.freeze(labels, f"'{name}' writes it into a view")
+            return {}
         self.unknown[name] += 1
-        reason = f"'{name}' writes into a view" if overwrites else f"meets '{name}', which has no rule"
         for fact in facts.values():
-            call.freeze(fact.labels, reason)
+            call.freeze(fact.labels, f"meets '{name}', which has no rule")
         return {}
 
-    def _forget_weights(self, written: Tensor) -> None:
+    def _forget_values(self, written: Tensor) -> None:
         """A parameter's copy that was changed in place is no parameter any more, in whatever shape it is seen."""
         for key in self._views.get(_key(written)[0], ()):
-            self._facts[key] = _Fact(self._facts[key].labels, False)
+            self._facts[key] = _Fact(self._facts[key].labels, False, False)
 
-    def _has_other_views(self, written: Tensor) -> bool:
+    def _is_shared(self, written: Tensor) -> bool:
         """Whether the tensor that is written in place is also seen in another shape."""
         key = _key(written)
         return len(self._views.get(key[0], set()) - {key}) > 0
+
+    def step_through(self, module: nn.Module, rule: Rule) -> list[RemovableHandle]:
+        """Follow a module as one step, by the rule that the user gave for its type."""
+        names = list(inspect.signature(module.forward).parameters)
+        own = {**module._parameters, **module._buffers}
+        given: list[dict[str, Any]] = []
+
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self.inside += 1
+            given.append({**own, **dict(zip(names, args, strict=False)), **kwargs})
+
+        def leave(_: nn.Module, args: Any, output: Any) -> None:
+            self.inside -= 1
+            arguments = given.pop()
+            if self.inside:
+                return
+            labels = rule(Call(type(module), arguments, output, self.ledger, self.fact))
+            outputs = tensors_of(output)
+            each = labels if isinstance(labels, list) else [labels] * len(outputs)
+            for tensor, fields in zip(outputs, each, strict=True):
+                self.learn(tensor, fields)
+
+        return [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave),
+        ]
 
 
 class _Nodes(nn.Module):
     """Runs a graph node by node and notes the labels of what each returns."""
 
-    def __init__(self, graph_module: fx.GraphModule, follower: _Follower, outputs: list[tuple[str, Labels]]) -> None:
+    def __init__(self, graph_module: fx.GraphModule, follower: _Follower, outputs: list[tuple[str, Fields]]) -> None:
         super().__init__()
         self._placeholders = [node.target for node in graph_module.graph.nodes if node.op == "placeholder"]
         self._interpreter = _Interpreter(graph_module, follower, outputs)
@@ -161,7 +231,7 @@ class _Nodes(nn.Module):
 
 
 class _Interpreter(fx.Interpreter):
-    def __init__(self, graph_module: fx.GraphModule, follower: _Follower, outputs: list[tuple[str, Labels]]) -> None:
+    def __init__(self, graph_module: fx.GraphModule, follower: _Follower, outputs: list[tuple[str, Fields]]) -> None:
         super().__init__(graph_module)
         self._follower = follower
         self._outputs = outputs
@@ -190,11 +260,17 @@ def _key(tensor: Tensor) -> Key:
     return tensor.untyped_storage()._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
 
 
+def _same_layout(before: Key, after: Key) -> bool:
+    """Whether the strides of the same tensor differ only where its size is 1."""
+    strides = zip(before[2], before[3], after[3], strict=False)
+    return before[:3] == after[:3] and all(size == 1 or a == b for size, a, b in strides)
+
+
 def _has_storage(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided
 
 
-def propagate(
+def follow(
     model: nn.Module, example_inputs: Any, *, record_outputs: bool = False, record_nodes: bool = False
 ) -> Propagation:
     """Run ``model`` once, in eval mode and without gradients, and follow the labels of all its parameters and buffers.
@@ -215,13 +291,13 @@ def propagate(
     if batch_size(example_inputs) > ENOUGH:
         try:
             few = first_samples(example_inputs, ENOUGH)
-            return _propagate(model, few, record_outputs=record_outputs, record_nodes=record_nodes)
+            return _follow(model, few, record_outputs=record_outputs, record_nodes=record_nodes)
         except TraceError:  # the first dimension is no batch, or its size stands in the code: all of it, then
             pass
-    return _propagate(model, example_inputs, record_outputs=record_outputs, record_nodes=record_nodes)
+    return _follow(model, example_inputs, record_outputs=record_outputs, record_nodes=record_nodes)
 
 
-def _propagate(model: nn.Module, example_inputs: Any, *, record_outputs: bool, record_nodes: bool) -> Propagation:
+def _follow(model: nn.Module, example_inputs: Any, *, record_outputs: bool, record_nodes: bool) -> Propagation:
     ledger = Ledger()
     follower = _Follower(ledger)
     # Two parameters over the same values are one, as two names of one parameter are.
@@ -232,8 +308,9 @@ def _propagate(model: nn.Module, example_inputs: Any, *, record_outputs: bool, r
         labels = {
             dim: ledger.add_axis(tuple(names), tensor, dim) for dim in range(tensor.dim()) if tensor.shape[dim] > 1
         }
-        follower.learn(tensor, labels, is_weight=isinstance(tensor, nn.Parameter))
-    outputs: list[tuple[str, Labels]] = []
+        is_parameter = isinstance(tensor, nn.Parameter)
+        follower.learn(tensor, dict(labels), is_weight=is_parameter, is_zero=is_parameter)
+    outputs: list[tuple[str, Fields]] = []
     graph = model if record_nodes and isinstance(model, fx.GraphModule) else None
     called = model if graph is None else _Nodes(graph, follower, outputs)
     with ExitStack() as stack:
@@ -245,16 +322,16 @@ def _propagate(model: nn.Module, example_inputs: Any, *, record_outputs: bool, r
                 outputs.extend((name, dict(follower.fact(tensor).labels)) for tensor in tensors_of(output))
 
             stack.callback(register_module_forward_hook(record).remove)
+        for module in model.modules():
+            custom = find_module_rule(module)
+            for handle in follower.step_through(module, custom) if custom else []:
+                stack.callback(handle.remove)
         stack.enter_context(evaluating(model))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # its steps are operators that have rules
         stack.enter_context(follower)
-        result = run(called, copied(example_inputs))
-    for tensor in tensors_of(result):
+        results = tensors_of(run(called, copied(example_inputs)))
+    for tensor in results:
         for vector in follower.fact(tensor).labels.values():
             ledger.freeze(vector, "is the model's own output")
-    fixed = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, FIXED)}
-    for axis in ledger.axes:
-        kind = fixed.get(axis.name.rpartition(".")[0])
-        if kind:
-            ledger.freeze(axis.labels, f"belongs to a {kind}, which computes with its sizes")
     unused = tuple(names[0] for key, (_, names) in owners.items() if key[0] not in follower.used)
-    return Propagation(ledger, dict(follower.unknown), unused, tuple(outputs))
+    return Propagation(ledger, follower.live(results), dict(follower.unknown), unused, tuple(outputs))
