@@ -24,7 +24,8 @@ from torch import Tensor, fx, nn
 
 from tersor.errors import CheckpointError, nearest
 from tersor.graph.inputs import named_tensors
-from tersor.speedup.resize import size_attributes
+from tersor.speedup.attention import narrow_attention
+from tersor.speedup.resize import CORRECTED, size_attributes
 from tersor.speedup.slicing import Snapshot
 from tersor.storage import read_tensors, replacing_folder, write_tensors, write_text
 from tersor.wrapping import is_wrapped
@@ -62,7 +63,7 @@ class Architecture(BaseModel):
     model: str
     sha256: str
     tensors: dict[str, TensorRecord]
-    sizes: dict[str, dict[str, int]]
+    sizes: dict[str, dict[str, int | tuple[int, ...]]]
     metadata: dict[str, Any]
 
 
@@ -246,8 +247,13 @@ def _place(model: nn.Module, architecture: Architecture, tensors: Mapping[str, T
         placed[name] = current
         taken.add(id(current))
     for module_name, sizes in architecture.sizes.items():
+        module = model.get_submodule(module_name)
+        corrected = tuple(name for name in sizes if name not in size_attributes(module))
         for attribute, value in sizes.items():
-            setattr(model.get_submodule(module_name), attribute, value)
+            setattr(module, attribute, value)
+        if corrected:
+            setattr(module, CORRECTED, corrected)
+    narrow_attention(model)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -297,7 +303,7 @@ def _refuse_other_model(model: nn.Module, architecture: Architecture, directory:
     unlike += [
         name
         for name, sizes in architecture.sizes.items()
-        if name not in modules or not sizes.keys() <= size_attributes(modules[name]).keys()
+        if name not in modules or not all(_is_size(getattr(modules[name], key, None)) for key in sizes)
     ]
     findings = {
         "the checkpoint does not have": missing,
@@ -312,6 +318,11 @@ def _refuse_other_model(model: nn.Module, architecture: Architecture, directory:
             where=str(directory),
             remedy=f"{spelling} Build the model that was saved, {architecture.model}, at its original sizes.".strip(),
         )
+
+
+def _is_size(value: object) -> bool:
+    """Whether an attribute holds a size, or several."""
+    return type(value) is int or (isinstance(value, (tuple, list)) and all(type(item) is int for item in value))
 
 
 def _few(names: Iterable[str]) -> str:

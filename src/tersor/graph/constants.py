@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from tersor.graph.movement import EXPANDING
 from tersor.graph.rules import Call, Fields, Labels, rule
 
 ALIKE = frozenset({"zeros_like", "ones_like", "full_like", "empty_like"})
 MADE = frozenset({"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"})
 """Operators whose result has the same value everywhere."""
+MAKING = frozenset({*MADE, *EXPANDING})
+"""Operators whose result has labels even where no operand has any."""
 
 
 @rule(*MADE)
 def made(call: Call) -> Labels:
     """A tensor of one value has nothing to lose: each of its dimensions is as long as what it meets."""
-    return {dim: call.ledger.elastic(size) for dim, size in enumerate(call.result.shape) if size > 1}
+    labels = {dim: call.ledger.elastic(size) for dim, size in enumerate(call.result.shape) if size > 1}
+    for vector in labels.values():
+        call.ledger.mark_coded(vector)
+    return labels
 
 
 @rule(*ALIKE)

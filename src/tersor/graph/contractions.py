@@ -148,6 +148,22 @@ def embedding(call: Call) -> Labels:
     return {call.result.dim() - 1: w[1]} if 1 in w else {}
 
 
+@rule("_grouped_mm")
+def grouped_product(call: Call) -> Labels:
+    """``y[t, j] = sum_k x[t, k] * w[e(t), k, j]``: each run of tokens has its own expert."""
+    x, w = call.labels("self", whole=(1,)), call.labels("mat2", whole=(0,))
+    if call.arguments["mat2"].dim() != 3 or call.arguments["self"].dim() != 2:
+        call.freeze({**x, **{dim + 2: vector for dim, vector in w.items()}}, "is multiplied in groups")
+        return {}
+    freeze_rest(call, w, (1, 2), "is an expert's number")
+    _read(call, ("self", "mat2"), (x, w), (1, 1))
+    labels = {0: x[0]} if 0 in x else {}
+    if 2 in w:
+        _write(call, "mat2", w[2])
+        labels[1] = w[2]
+    return labels
+
+
 @rule("mv")
 def matrix_vector_product(call: Call) -> Labels:
     """``y[i] = sum_k a[i, k] * x[k]``."""

@@ -16,7 +16,7 @@ from tersor.graph.follow import follow
 from tersor.graph.inputs import named_tensors
 from tersor.graph.labels import Axis
 from tersor.graph.movement import support
-from tersor.graph.rules import Fields, Labels
+from tersor.graph.rules import Fields, Labels, Rule, customized_rules
 
 Masks = Mapping[str, Mapping[str, Tensor]]
 """``{module name: {target name: bool tensor}}``, 1 keeps."""
@@ -72,6 +72,7 @@ class Coupling:
         allow_inexact: whether classes may leave over which a statistic runs (layer norm).
         classes: the class of each label, shape ``(labels,)``.
         reasons: why a class is frozen.
+        coded: classes whose size the code may hold as a number, so that only a run shows whether they can leave.
         inexact: why removing a class changes the numbers of what stays.
         written: labels that a contraction computes.
         read: labels that a contraction sums over.
@@ -81,14 +82,22 @@ class Coupling:
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any, *, allow_inexact: bool = False, record_nodes: bool = False
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        allow_inexact: bool = False,
+        customized: Mapping[Any, Rule] | None = None,
+        record_nodes: bool = False,
     ) -> None:
-        propagation = follow(model, example_inputs, record_nodes=record_nodes)
+        with customized_rules(customized or {}):
+            propagation = follow(model, example_inputs, record_nodes=record_nodes)
         self.example_inputs = example_inputs
         self.allow_inexact = allow_inexact
         self.axes: tuple[Axis, ...] = tuple(propagation.ledger.axes)
         found = propagation.ledger.solve(propagation.live)
         self.classes, self.written, self.read = found.of, found.written, found.read
+        self.coded = found.coded
         self.inexact: Mapping[int, str] = found.bent
         self.reasons: Mapping[int, str] = found.reasons if allow_inexact else {**found.bent, **found.reasons}
         self.nodes: Mapping[str, Labels] = {name: self.settled(labels) for name, labels in propagation.outputs}
@@ -229,6 +238,17 @@ class Coupling:
         for roots, reason in self._group_classes():
             if reason is None:
                 leaves[generator.permutation(roots)[: min(int(ratio * len(roots)), len(roots) - 1)]] = True
+        return self.masks_of(leaves)
+
+    def masks_of(self, leaves: np.ndarray) -> dict[str, dict[str, Tensor]]:
+        """Masks that remove these classes and nothing else.
+
+        Args:
+            leaves: boolean, indexed by class.
+
+        Returns:
+            masks of the parameters that write the classes, or, where none does, of those that read them.
+        """
         role = self.written.copy()
         is_written = np.bincount(self.classes[role], minlength=len(self.classes)) > 0
         role |= self.read & ~is_written[self.classes]
@@ -244,6 +264,15 @@ class Coupling:
                         shape
                     )
         return masks
+
+    def near(self, module: str, removed: np.ndarray) -> np.ndarray:
+        """Of the classes that leave, those with a tensor in or below a module; of all of them where there are none."""
+        near = np.zeros(len(self.classes), dtype=bool)
+        for axis in self.axes:
+            if any(name.startswith(f"{module}.") for name in axis.names):
+                near[self.classes[axis.span]] = True
+        near &= removed
+        return near if near.any() else removed.copy()
 
     def _losing(self, removed: np.ndarray) -> list[tuple[Axis, int]]:
         """Axes that lose something, with the number of their indices that leave."""
@@ -325,14 +354,20 @@ class Coupling:
         ]
 
 
-def coupling_of(model: nn.Module, example_inputs: Any) -> Coupling:
+def coupling_of(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    allow_inexact: bool = False,
+    customized: Mapping[Any, Rule] | None = None,
+) -> Coupling:
     """The coupling of a model: found now, or the one that is given in place of example inputs.
 
     Raises:
         TraceError: the model does not run on these inputs, or a given coupling is another model's.
     """
     if not isinstance(example_inputs, Coupling):
-        return Coupling(model, example_inputs)
+        return Coupling(model, example_inputs, allow_inexact=allow_inexact, customized=customized)
     tensors = named_tensors(model)
     for axis in example_inputs.axes:
         if axis.name not in tensors or tensors[axis.name].shape[axis.dim] != axis.size:
@@ -344,12 +379,21 @@ def coupling_of(model: nn.Module, example_inputs: Any) -> Coupling:
     return example_inputs
 
 
-def groups(model: nn.Module, example_inputs: Any) -> Coupling:
+def groups(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    allow_inexact: bool = False,
+    customized_mask_updaters: Mapping[Any, Rule] | None = None,
+) -> Coupling:
     """Run the model once and find its coupling groups; ``print`` the result to read them.
 
     Args:
         model: any module; it is left as it was.
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments.
+        allow_inexact: let classes leave over which a statistic runs (the width of a model with layer norm).
+        customized_mask_updaters: rules by operator or module type for this run alone; :func:`propagate` registers one
+            for good.
 
     Raises:
         TraceError: the model does not run on these inputs.
@@ -361,4 +405,4 @@ def groups(model: nn.Module, example_inputs: Any) -> Coupling:
       0.bias dim 0 [0:8] carried
       2.weight dim 1 [0:8] read
     """
-    return Coupling(model, example_inputs)
+    return Coupling(model, example_inputs, allow_inexact=allow_inexact, customized=customized_mask_updaters)

@@ -131,7 +131,7 @@ class _Follower(TorchDispatchMode):
         names = [argument.name for argument in func._schema.arguments]
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         call = Call(func, arguments, result, self.ledger, lambda tensor: facts.get(id(tensor), NOTHING))
-        touched = base_name(func) in constants.MADE or any(f.labels for f in facts.values())
+        touched = base_name(func) in constants.MAKING or any(f.labels for f in facts.values())
         if func._schema.is_mutable and base_name(func) in MOVEMENT and _same_layout(keys[0], _key(operands[0])):
             labels: Any = facts[id(operands[0])].labels
         else:

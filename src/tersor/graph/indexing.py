@@ -51,7 +51,7 @@ def index(call: Call) -> Fields:
     return labels
 
 
-@rule("index_add", "index_copy", "scatter_add", "scatter_reduce")
+@rule("index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce")
 def write_rows(call: Call) -> Labels:
     """Rows are written along one dimension; along the others the operands agree."""
     x: Tensor = call.arguments["self"]

@@ -64,6 +64,8 @@ class Classes:
         bent: why removing a class changes the numbers of what stays; such a class leaves only where that is allowed.
         written: labels that a contraction computes, boolean, shape ``(labels,)``.
         read: labels that a contraction sums over, boolean, shape ``(labels,)``.
+        coded: classes whose size the code may hold as a number that only a run of the small model brings to light,
+            boolean, shape ``(labels,)``.
     """
 
     of: np.ndarray
@@ -71,6 +73,7 @@ class Classes:
     bent: dict[int, str]
     written: np.ndarray
     read: np.ndarray
+    coded: np.ndarray
 
 
 @dataclass
@@ -91,6 +94,7 @@ class Ledger:
     _fields: list[Tensor] = field(default_factory=list)
     _written: list[Tensor] = field(default_factory=list)
     _read: list[Tensor] = field(default_factory=list)
+    _coded: list[Tensor] = field(default_factory=list)
 
     def add_axis(self, names: tuple[str, ...], tensor: Tensor, dim: int) -> Tensor:
         """Make labels for one dimension of a named tensor and return them, shape ``(size,)``."""
@@ -143,6 +147,10 @@ class Ledger:
         """What is left of a field over several dimensions must be a product of index sets."""
         self._fields.append(field)
 
+    def mark_coded(self, vector: Tensor) -> None:
+        """How many of these indices there are may stand in the model's code as a number."""
+        self._coded.append(vector.reshape(-1))
+
     def mark_written(self, vector: Tensor) -> None:
         """A contraction computes these indices of its output from this parameter's rows."""
         self._written.append(vector)
@@ -165,12 +173,15 @@ class Ledger:
         frozen += self._met_unknown(a, b, known)
         frozen += self._covering(classes)
         bent = [(vector, reason) for vector, reason, clock in self._bent if live is None or live[clock]]
+        coded = np.zeros(self.count, dtype=bool)
+        coded[classes[self._flags(self._coded)]] = True
         return Classes(
             classes,
             _first_reasons(classes, frozen),
             _first_reasons(classes, bent),
             self._flags(self._written),
             self._flags(self._read),
+            coded,
         )
 
     def _as_products(self, classes: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ def move(call: Call) -> Fields:
     names = [argument.name for argument in call.operator._schema.arguments]
     tensor: Tensor = call.arguments[names[0]]
     labels: Fields = {}
-    for dims, array in call.fields_of(tensor).items():
+    for dims, array in sorted(call.fields_of(tensor).items(), key=lambda item: as_tuple(item[0])):
         if _reorders(call, tensor, as_tuple(dims)):
             call.ledger.freeze(array, f"'{call.name}' reorders it by positions that stand in the code")
             continue
@@ -157,8 +157,16 @@ def take_parts(call: Call) -> Any:
         for own, part in zip(results, _cut(call, array, axis, parts), strict=True):
             if part is not None and kept:
                 shape = part.shape if not dropped else [s for d, s in enumerate(part.shape) if d != axis]
-                place(call, own, as_dims(kept), part.reshape(shape))
+                place(call, own, *_without_constant(kept, part.reshape(shape)))
     return results if several else results[0]
+
+
+def _without_constant(dims: list[int], array: Tensor) -> tuple[Dims, Tensor]:
+    """A field without the dimensions along which its labels are the same."""
+    found = support(array) if len(dims) > 1 else None
+    if found is None:
+        return as_dims(dims), array
+    return as_dims([dims[place] for place in as_tuple(found[0])]), found[1]
 
 
 def _parts(call: Call, names: list[str], size: int) -> list[tuple[int, int, int]]:
@@ -181,11 +189,12 @@ def _cut(call: Call, array: Tensor, axis: int, parts: list[tuple[int, int, int]]
     length = next(iter(lengths))
     if parts == [(0, size, 1)]:
         return [array]
-    if array.dim() > 1 and (len(lengths) > 1 or size % length or any(step != 1 for _, _, step in parts)):
+    strided = any(step != 1 for _, _, step in parts) or 0 in lengths
+    if array.dim() > 1 and (strided or len(lengths) > 1 or size % length):
         # Positions within a block: along them nothing may leave, the other dimensions decide.
         array = call.ledger.tie(array, [axis]).expand(array.shape)
         return [array.narrow(axis, 0, len(range(*part))) if len(range(*part)) else None for part in parts]
-    if any(step != 1 for _, _, step in parts) or 0 in lengths:
+    if strided:
         call.ledger.freeze(array, f"'{call.name}' takes every second index or none")
         return [None] * len(parts)
     equal = len(lengths) == 1 and size % length == 0 and all(start % length == 0 for start, _, _ in parts)
@@ -195,6 +204,8 @@ def _cut(call: Call, array: Tensor, axis: int, parts: list[tuple[int, int, int]]
     elif 1 in lengths:
         call.ledger.freeze(array, f"'{call.name}' takes it apart by positions that stand in the code")
         return [None] * len(parts)
+    else:
+        call.ledger.mark_coded(array)
     return [array.narrow(axis, start, stop - start) for start, stop, _ in parts]
 
 

@@ -16,7 +16,8 @@ function under :func:`rule`; a user's own operator or module is one under :func:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,13 +169,31 @@ def propagate(target: Any) -> Callable[[Rule], Rule]:
     """
 
     def register(function: Rule) -> Rule:
-        if isinstance(target, type) and issubclass(target, nn.Module):
-            CUSTOM_MODULES[target] = function
-        else:
-            CUSTOM_OPERATORS[schema_name(target)] = function
+        _customize(target, function)
         return function
 
     return register
+
+
+def _customize(target: Any, function: Rule) -> None:
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        CUSTOM_MODULES[target] = function
+    else:
+        CUSTOM_OPERATORS[schema_name(target)] = function
+
+
+@contextmanager
+def customized_rules(rules: Mapping[Any, Rule]) -> Iterator[None]:
+    """Rules for operators or module types that hold for what runs inside, before those that are registered."""
+    before = dict(CUSTOM_MODULES), dict(CUSTOM_OPERATORS)
+    try:
+        for target, function in rules.items():
+            _customize(target, function)
+        yield
+    finally:
+        for registry, content in zip((CUSTOM_MODULES, CUSTOM_OPERATORS), before, strict=True):
+            registry.clear()
+            registry.update(content)  # type: ignore[arg-type]
 
 
 def schema_name(operator: Any) -> str:
@@ -218,20 +237,18 @@ def meet(call: Call, vectors: Sequence[Tensor | None], size: int, reason: str) -
 
 
 def place(call: Call, labels: Fields, dims: Dims, array: Tensor) -> None:
-    """Put labels at dimensions. Where something else already stands at one of them, neither can leave.
+    """Put labels at dimensions. What was placed first stands: where another wants the same dimension, that one stays.
 
-    What was only expanded gives way: it has no index of its own.
+    A merged dimension keeps a product of index sets, and classes can only say one factor of it. What was only expanded
+    has no index of its own and gives way.
     """
     own = as_tuple(dims)
+    reason = f"'{call.name}' merges it with another dimension that carries labels"
     for other in [key for key in labels if set(as_tuple(key)) & set(own)]:
-        reason = f"'{call.name}' merges it with another dimension that carries labels"
-        if call.ledger.is_elastic(labels[other]):
-            call.ledger.freeze(labels.pop(other), reason)
-            continue
-        call.ledger.freeze(array, reason)
-        if not call.ledger.is_elastic(array):
-            call.ledger.freeze(labels.pop(other), reason)
-        return
+        if not call.ledger.is_elastic(labels[other]):
+            call.ledger.freeze(array, reason)
+            return
+        call.ledger.freeze(labels.pop(other), reason)
     labels[dims] = array
 
 
@@ -313,12 +330,11 @@ def _meet_fields(
         whole |= full  # full size there, and no labels: nothing may leave along it
     widest = max(arrays, key=Tensor.numel)
     outermost = next((p for p in range(len(dims)) if p not in whole and widest.shape[p] > 1), None)
-    for array in list(arrays):
-        if outermost is not None and array.shape[outermost] == 1:
-            # Rotations, factors for each position within a head: whole heads decide, so these stay.
-            call.ledger.freeze(array, "stands within a head or block that lives and dies whole")
-            whole |= {p for p, size in enumerate(array.shape) if size > 1}
-            arrays.remove(array)
+    within = [array for array in arrays if outermost is not None and array.shape[outermost] == 1]
+    for array in within:  # rotations, factors for each position within a head: whole heads decide, so these stay
+        call.ledger.freeze(array, "stands within a head or block that lives and dies whole")
+        whole |= {p for p, size in enumerate(array.shape) if size > 1}
+    arrays = [array for array in arrays if outermost is None or array.shape[outermost] > 1]
     widest = call.ledger.tie(widest.expand(shape), whole)
     for array in arrays:
         whole |= {p for p, size in enumerate(array.shape) if size < shape[p]}
@@ -333,7 +349,18 @@ def _meet_fields(
 
 
 POINTWISE_UNTAGGED = frozenset(
-    {"hardswish", "_prelu_kernel", "dropout", "native_dropout", "copy", "celu", "feature_dropout", "alpha_dropout"}
+    {
+        "hardswish",
+        "_prelu_kernel",
+        "dropout",
+        "native_dropout",
+        "copy",
+        "celu",
+        "feature_dropout",
+        "alpha_dropout",
+        "masked_fill",
+        "log_sigmoid_forward",
+    }
 )
 """Pointwise operators that PyTorch has not tagged."""
 COPIES = frozenset({"clone", "contiguous", "detach", "alias", "_to_copy", "lift_fresh"})

@@ -1,24 +1,24 @@
-"""Masks in, smaller model out: complete, bake, slice, verify."""
+"""Masks in, smaller model out: complete, cut, make sizes right, verify."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from tersor.errors import MaskError, SpeedupError, TraceError, VerificationError, WrapError, nearest
+from tersor.errors import MaskError, SpeedupError, WrapError, nearest
 from tersor.graph.coupling import Coupling, Masks, coupling_of
-from tersor.graph.inputs import batch_size, fresh_inputs, named_tensors
-from tersor.graph.trace import concrete_trace
-from tersor.speedup.literals import rewrite_sizes
-from tersor.speedup.slicing import Snapshot, bake, cut
-from tersor.speedup.verify import divergence_error, first_divergence, module_outputs, outputs_of, relative_error
+from tersor.graph.inputs import named_tensors
+from tersor.graph.rules import Rule
+from tersor.speedup.replace import Customized
+from tersor.speedup.trial import Options, Small, Trial
+from tersor.speedup.verify import divergence_error
 from tersor.storage import load_masks
 from tersor.wrapping import is_wrapped
 from tersor.wrapping.stack import as_bool, check_shape, compact
@@ -28,19 +28,18 @@ GRAPH_RETURNED = (
     "the graph of the model in eval mode: training branches outside torch.nn's modules are not in it. Take the sizes "
     "from tensors (x.flatten(1)) to keep the model's own class."
 )
-
-Factors = Mapping[str, Mapping[str, tuple[Tensor, ...]]]
-Check = tuple[Any, list[Tensor]]
-"""Inputs, and what the masked model returns for them."""
+UNVERIFIED = "has a size that may stand in the code as a number, which only verify=True finds out"
+RETRIES = 4
+"""How often classes are given back, where no form of the small model computes what the masked one does."""
 
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """Something that the masks removed and the speedup did not.
+    """Indices of a tensor's dimension of which a reader of the report should know.
 
     Attributes:
         target: the tensor and its dimension.
-        count: how many of its indices are fully masked and yet still there.
+        count: how many of its indices are concerned: fully masked and yet still there, or gone although not exact.
         reason: why.
     """
 
@@ -57,6 +56,10 @@ class SpeedupReport:
         shapes: for each tensor that was cut, its shape before and after.
         left_alone: what the masks removed and the speedup could not; masked values are zero there.
         unused: tensors that the run on the example inputs did not reach; they keep their sizes.
+        inexact: what was removed although a statistic runs over it (``allow_inexact``), with the reason; there the
+            small model's numbers differ from the masked one's.
+        attributes: numbers that modules keep beside their tensors and that were made right, before and after.
+        repairs: sizes in the code that were made right in the returned graph; empty where the model kept its class.
         error: largest difference of the small model's outputs from the masked model's, relative to the largest output;
             None where verification was turned off.
     """
@@ -65,6 +68,9 @@ class SpeedupReport:
     left_alone: tuple[LeftAlone, ...]
     unused: tuple[str, ...]
     error: float | None
+    inexact: tuple[LeftAlone, ...] = ()
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    repairs: tuple[str, ...] = ()
 
 
 class ModelSpeedup:
@@ -72,9 +78,10 @@ class ModelSpeedup:
 
     The masks are completed over the coupling groups, burnt into the parameters, and what they remove is sliced away.
     The original module classes, parameter objects (``is`` holds), hooks, dtypes, devices and train/eval flags stay.
-    Then the small model is run against the masked one on fresh inputs at another batch size. Where it differs because
-    sizes stand in the code of ``forward`` as numbers (``x.view(-1, 400)``), a ``torch.fx.GraphModule`` with rewritten
-    sizes is returned instead, made of the same modules.
+    Then the small model is run against the masked one on fresh inputs at another batch size. Where sizes stand in the
+    code as numbers, those that are attributes of modules (``num_heads``) are set; where numbers in ``forward`` itself
+    are wrong (``x.view(-1, 400)``), a ``torch.fx.GraphModule`` with rewritten sizes is returned, made of the same
+    modules. Where that does not do either, the groups concerned are left alone and reported.
 
     Args:
         model: the model, unwrapped (``pruner.unwrap_model()``).
@@ -84,6 +91,14 @@ class ModelSpeedup:
         verify: compare the outputs before the small model is handed out.
         tolerance: the largest relative difference that is accepted.
         batch_dim: the dimension of the inputs that holds the batch.
+        allow_inexact: also remove what a statistic runs over (the width of a model with layer norm). The small model
+            then computes other numbers than the masked one and has to be fine-tuned; it is not verified, and what is
+            inexact is in the report.
+        customized_mask_updaters: rules by operator or module type, as :func:`tersor.graph.propagate` takes them, for
+            this speedup alone.
+        customized_replacers: replacers by module type, as :func:`tersor.speedup.replace` takes them, for this speedup
+            alone.
+        graph_module: a graph of the model to rewrite where sizes stand in the code, in place of one that is traced.
 
     Raises:
         MaskError: the masks belong to another model, or would empty a layer.
@@ -111,6 +126,10 @@ class ModelSpeedup:
         verify: bool = True,
         tolerance: float = 1e-4,
         batch_dim: int = 0,
+        allow_inexact: bool = False,
+        customized_mask_updaters: Mapping[Any, Rule] | None = None,
+        customized_replacers: Customized = (),
+        graph_module: fx.GraphModule | None = None,
     ) -> None:
         if torch.is_inference_mode_enabled():
             raise SpeedupError(
@@ -124,9 +143,9 @@ class ModelSpeedup:
         self.dummy_input = dummy_input
         self.masks = _checked(model, given)
         self._simulated_only = tuple(_simulated_only(given))
-        self.verify = verify
-        self.tolerance = tolerance
-        self.batch_dim = batch_dim
+        self.allow_inexact = allow_inexact
+        self.customized_mask_updaters = dict(customized_mask_updaters or {})
+        self.options = Options(verify, tolerance, batch_dim, customized_replacers, graph_module)
         self.report: SpeedupReport | None = None
 
     def speedup_model(self) -> nn.Module:
@@ -136,84 +155,49 @@ class ModelSpeedup:
             VerificationError: the small model computes something else; the model is unchanged.
             EmptyLayerError: a layer would be left without anything; the model is unchanged.
         """
-        coupling = coupling_of(self.model, self.dummy_input)
+        coupling = coupling_of(
+            self.model, self.dummy_input, allow_inexact=self.allow_inexact, customized=self.customized_mask_updaters
+        )
         removed = coupling.removed(self.masks)
-        masks, kept = coupling.complete(self.masks, removed), coupling.kept(removed)
-        tensors = named_tensors(self.model)
-        small, error = self.model, None
-        with Snapshot(self.model) as snapshot:
-            if not self.verify:
-                shapes = cut(self.model, tensors, kept, self.masks)
-            else:
-                bake(tensors, masks)
-                checks = [self._expected(coupling.example_inputs)]
-                snapshot.restore()
-                shapes = cut(self.model, tensors, kept, self.masks)
-                error = _error(small, checks)
-                if error > self.tolerance:
-                    snapshot.restore()
-                    small, error = self._as_graph(coupling, masks, kept, checks, snapshot)
-                if error > self.tolerance:
-                    raise self._divergence(coupling, removed, masks, snapshot, checks[0][0])
-        if small is not self.model:
-            warnings.warn(GRAPH_RETURNED, stacklevel=2)
-        left_alone = (*_left_alone(coupling, self.masks, removed), *self._simulated_only)
-        self.report = SpeedupReport(shapes, left_alone, coupling.unused, error)
-        return small
+        refused: dict[int, str] = {}
+        if not self.options.verify:
+            unsure = removed & coupling.coded
+            refused = dict.fromkeys(np.flatnonzero(unsure).tolist(), UNVERIFIED)
+            removed &= ~unsure
+        for _ in range(RETRIES):
+            trial = self._trial(coupling, removed)
+            small = trial.run()
+            if small is not None:
+                return self._report(coupling, removed, small, refused)
+            where = trial.divergence()
+            given_back = coupling.near(where.partition(" ")[0], removed)
+            if not (removed & ~given_back).any():
+                break  # nothing would be done: that is an error
+            reason = f"is a size in the code of {where} that could not be made right"
+            refused.update(dict.fromkeys(np.flatnonzero(given_back).tolist(), reason))
+            removed = removed & ~given_back
+        raise divergence_error(where, str(trial.cause or ""))
 
-    def _expected(self, example_inputs: Any) -> Check:
-        """Fresh inputs at another batch size, a small one where the model takes it, and the masked model's outputs."""
-        given = batch_size(example_inputs, self.batch_dim)
-        try:
-            inputs = fresh_inputs(example_inputs, 1 if given > 1 else 2, batch_dim=self.batch_dim)
-            return inputs, outputs_of(self.model, inputs)
-        except TraceError:  # a batch norm without running statistics refuses a single sample
-            inputs = fresh_inputs(example_inputs, given + 1, batch_dim=self.batch_dim)
-            return inputs, outputs_of(self.model, inputs)
+    def _trial(self, coupling: Coupling, removed: np.ndarray) -> Trial:
+        return Trial(self.model, coupling, removed, self.masks, self.options)
 
-    def _as_graph(
-        self,
-        coupling: Coupling,
-        masks: Factors,
-        kept: Mapping[str, Mapping[int, Tensor]],
-        checks: list[Check],
-        snapshot: Snapshot,
-    ) -> tuple[nn.Module, float]:
-        """The model as a graph with the sizes in its code rewritten, cut, and its error at two batch sizes.
-
-        A graph holds what the code decided on for the example, so a model that decides stays in its own class.
-        """
-        example = coupling.example_inputs
-        graph = concrete_trace(self.model, example)
-        if graph.meta["decisions"]:
-            cut(self.model, named_tensors(self.model), kept, self.masks)
-            return self.model, float("inf")
-        nodes = Coupling(graph, example, record_nodes=True)
-        rewrite_sizes(graph, nodes, nodes.removed(self.masks))
-        larger = fresh_inputs(example, batch_size(example, self.batch_dim) + 1, batch_dim=self.batch_dim)
-        tensors = named_tensors(self.model)
-        bake(tensors, masks)
-        checks = [*checks, (larger, outputs_of(self.model, larger))]
-        snapshot.restore()
-        cut(self.model, tensors, kept, self.masks)
-        return graph, _error(graph, checks)
-
-    def _divergence(
-        self, coupling: Coupling, removed: np.ndarray, masks: Factors, snapshot: Snapshot, inputs: Any
-    ) -> VerificationError:
-        small, cause = module_outputs(self.model, inputs)
-        snapshot.restore()
-        bake(named_tensors(self.model), masks)
-        masked, _ = module_outputs(self.model, inputs)
-        return divergence_error(first_divergence(self.model, coupling, removed, masked, small, self.tolerance), cause)
-
-
-def _error(model: nn.Module, checks: Sequence[Check]) -> float:
-    """How far a model's outputs are from the expected ones; infinitely far where it does not run."""
-    try:
-        return max(relative_error(outputs_of(model, inputs), expected) for inputs, expected in checks)
-    except TraceError:
-        return float("inf")
+    def _report(self, coupling: Coupling, removed: np.ndarray, small: Small, refused: Mapping[int, str]) -> nn.Module:
+        if small.model is not self.model:
+            warnings.warn(GRAPH_RETURNED, stacklevel=3)
+        reasons = sorted(set(refused.values()) - {UNVERIFIED})
+        if reasons:
+            warnings.warn(f"Left alone, for each {'; '.join(reasons)} (see report.left_alone).", stacklevel=3)
+        left_alone = (*_left_alone(coupling, self.masks, removed, refused), *self._simulated_only)
+        self.report = SpeedupReport(
+            small.shapes,
+            left_alone,
+            coupling.unused,
+            small.error,
+            tuple(_inexact(coupling, removed)),
+            small.attributes,
+            small.repairs,
+        )
+        return small.model
 
 
 def _checked(model: nn.Module, masks: Masks) -> dict[str, dict[str, Tensor]]:
@@ -242,12 +226,23 @@ def _simulated_only(masks: Masks) -> Iterator[LeftAlone]:
                 yield LeftAlone(f"{module}.{target}", count, "an input or output has no values to burn a mask into")
 
 
-def _left_alone(coupling: Coupling, masks: Masks, removed: np.ndarray) -> Iterator[LeftAlone]:
+def _left_alone(
+    coupling: Coupling, masks: Masks, removed: np.ndarray, refused: Mapping[int, str]
+) -> Iterator[LeftAlone]:
     """Rows that a contraction writes, that the masks silence, and that are still there."""
     silent = coupling.masked(masks) & coupling.written & ~removed[coupling.classes]
     for axis in coupling.axes:
         stays = silent[axis.span]
         if stays.any():
-            reason = coupling.frozen_reason(axis.name, axis.dim)
+            refusal = next((refused[c] for c in coupling.classes[axis.span][stays].tolist() if c in refused), None)
+            reason = refusal or coupling.frozen_reason(axis.name, axis.dim)
             where = f"{axis.name} dim {axis.dim}"
             yield LeftAlone(where, int(stays.sum()), reason or "other layers that write the same channels keep them")
+
+
+def _inexact(coupling: Coupling, removed: np.ndarray) -> Iterator[LeftAlone]:
+    """Rows that left although a statistic runs over them."""
+    for axis in coupling.axes:
+        left = [c for c in coupling.classes[axis.span].tolist() if removed[c] and c in coupling.inexact]
+        if left and coupling.written[axis.span].any():
+            yield LeftAlone(f"{axis.name} dim {axis.dim}", len(left), coupling.inexact[left[0]])

@@ -7,10 +7,11 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from tersor.graph.coupling import Masks
 from tersor.graph.inputs import named_tensors
-from tersor.speedup.resize import size_attributes, update_sizes
+from tersor.speedup.resize import groups_left, size_attributes, update_sizes
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -100,7 +101,10 @@ def cut(
             tensor.data = _select(tensor.data, dims)
             tensor.grad = grad
         shapes[name] = (before, tuple(tensor.shape))
-    for module in _owners(model, kept):
+    for name, module in _owners(model, kept).items():
+        rows = kept.get(f"{name}.weight" if name else "weight", {}).get(0)
+        if isinstance(module, _ConvNd) and module.groups > 1 and rows is not None:
+            module.groups = groups_left(module.groups, rows)
         update_sizes(module)
     bake(tensors, _remaining(masks, kept))
     return shapes
@@ -127,6 +131,8 @@ def _select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     return tensor
 
 
-def _owners(model: nn.Module, names: Iterable[str]) -> Iterable[nn.Module]:
+def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules that own the named tensors, each under one of its names."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    return {modules[name.rpartition(".")[0]]: None for name in names}
+    found = {modules[name.rpartition(".")[0]]: name.rpartition(".")[0] for name in names}
+    return {name: module for module, name in found.items()}

@@ -1,0 +1,204 @@
+"""One attempt to make a model small: cut what leaves, in the original classes or as a graph, and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, fx, nn
+
+from tersor.errors import SpeedupError, TersorError, TraceError
+from tersor.graph.coupling import Coupling, Masks
+from tersor.graph.inputs import batch_size, fresh_inputs, named_tensors
+from tersor.graph.trace import concrete_trace
+from tersor.speedup.attributes import repair_attributes
+from tersor.speedup.replace import Customized, Replacements, replace_modules
+from tersor.speedup.resize import sizes_from_inputs
+from tersor.speedup.rewrite import record_sizes, repair_graph
+from tersor.speedup.slicing import Shapes, Snapshot, bake, cut
+from tersor.speedup.small_graph import Repair
+from tersor.speedup.verify import first_divergence, module_outputs, outputs_of, relative_error
+
+Factors = Mapping[str, Mapping[str, tuple[Tensor, ...]]]
+Check = tuple[Any, list[Tensor]]
+"""Inputs, and what the masked model returns for them."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of a speedup, beside the masks.
+
+    Attributes:
+        verify: compare the outputs.
+        tolerance: the largest relative difference that is accepted.
+        batch_dim: the dimension of the inputs that holds the batch.
+        replacers: by module type, before the registered ones.
+        graph_module: the user's own graph of the model.
+    """
+
+    verify: bool
+    tolerance: float
+    batch_dim: int
+    replacers: Customized
+    graph_module: fx.GraphModule | None
+
+
+@dataclass
+class Small:
+    """A model that was made small.
+
+    Attributes:
+        model: the model itself, or a graph of it.
+        shapes: for each tensor that was cut, its shape before and after.
+        error: largest relative difference from the masked model; None where it was not measured.
+        attributes: numbers of modules that were made right, before and after.
+        repairs: sizes in the graph that were made right, in words.
+    """
+
+    model: nn.Module
+    shapes: Shapes
+    error: float | None
+    attributes: Mapping[str, Any]
+    repairs: tuple[str, ...]
+
+
+class Trial:
+    """Makes a model small by removing some classes, in the first form that computes what the masked model does.
+
+    The model is cut in place. Where its code holds sizes as numbers, the numbers that are attributes of its modules are
+    set; where that is not enough, its graph with rewritten sizes is returned. A trial that fails leaves the model as it
+    was and says why in ``cause``.
+    """
+
+    def __init__(
+        self, model: nn.Module, coupling: Coupling, removed: np.ndarray, requested: Masks, options: Options
+    ) -> None:
+        self.model = model
+        self.coupling = coupling
+        self.removed = removed
+        self.requested = requested
+        self.options = options
+        self.tensors = named_tensors(model)
+        self.masks = coupling.complete(requested, removed)
+        self.kept = coupling.kept(removed)
+        self.cause: Exception | None = None
+        self._replaced = Replacements()
+
+    def run(self) -> Small | None:
+        """The small model, or None where no form of it is right; the model is whole again then."""
+        with Snapshot(self.model) as snapshot:
+            if not self.options.verify:
+                return Small(self.model, self._cut(), None, {}, ())
+            checks = [self._expected(self._other_inputs(), snapshot)]
+            small = self._in_place(checks)
+            if small is None:
+                self._restore(snapshot)
+                small = self._repaired(checks, snapshot)
+            if small is None:
+                self._restore(snapshot)
+            return small
+
+    def _cut(self) -> Shapes:
+        shapes = cut(self.model, self.tensors, self.kept, self.requested)
+        self._replaced = replace_modules(self.model, self.kept, self.options.replacers)
+        return shapes
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        self._replaced.undo()
+        snapshot.restore()
+
+    def _other_inputs(self, more: bool = False) -> Any:
+        """Fresh inputs at another batch size: a small one where the model takes it."""
+        given = batch_size(self.coupling.example_inputs, self.options.batch_dim)
+        samples = given + 1 if more or given == 1 else 1
+        return fresh_inputs(self.coupling.example_inputs, samples, batch_dim=self.options.batch_dim)
+
+    def _expected(self, inputs: Any, snapshot: Snapshot) -> Check:
+        """What the masked model returns."""
+        bake(self.tensors, self.masks)
+        try:
+            return inputs, outputs_of(self.model, inputs)
+        except TraceError:  # a batch norm without running statistics refuses a single sample
+            inputs = self._other_inputs(more=True)
+            return inputs, outputs_of(self.model, inputs)
+        finally:
+            snapshot.restore()
+
+    def _in_place(self, checks: Sequence[Check]) -> Small | None:
+        shapes = self._cut()
+        with sizes_from_inputs(self.model):
+            error = self._error(self.model, checks)
+        return Small(self.model, shapes, error, {}, ()) if error <= self.options.tolerance else None
+
+    def _repaired(self, checks: list[Check], snapshot: Snapshot) -> Small | None:
+        """With numbers made right, in the modules or else in the graph.
+
+        A graph holds what the code decided on for the example, so a model that decides stays in its own class.
+        """
+        example = self.coupling.example_inputs
+        try:
+            graph = self.options.graph_module or concrete_trace(self.model, example)
+            nodes = Coupling(graph, example, allow_inexact=self.coupling.allow_inexact, record_nodes=True)
+            leaving = nodes.removed(self.coupling.masks_of(self.removed))
+            sizes = record_sizes(graph, nodes)
+            larger = self._expected(self._other_inputs(more=True), snapshot)
+            shapes = self._cut()
+            for name in self._replaced.names:
+                _put(graph, name, self.model.get_submodule(name))
+            repairs = repair_graph(graph, nodes, leaving, sizes)
+        except (TersorError, AttributeError) as error:
+            self.cause = error
+            return None
+        both = [*checks, larger]
+        words = tuple(str(repair) for repair in repairs)
+        attributes = self._by_attributes(repairs, both)
+        if attributes is not None:
+            return Small(self.model, shapes, self._error(self.model, both), attributes, ())
+        decisions = graph.meta.get("decisions", ())
+        if decisions:
+            self.cause = self.cause or SpeedupError(
+                f"sizes stand in the code as numbers, and no graph follows what the code decides on: {decisions[0]}"
+            )
+            return None
+        with sizes_from_inputs(graph):
+            error = self._error(graph, both)
+        return Small(graph, shapes, error, {}, words) if error <= self.options.tolerance else None
+
+    def _by_attributes(self, repairs: Sequence[Repair], checks: Sequence[Check]) -> dict[str, Any] | None:
+        def is_right(model: nn.Module) -> bool:
+            with sizes_from_inputs(model):
+                return self._error(model, checks) <= self.options.tolerance
+
+        return repair_attributes(self.model, repairs, is_right)
+
+    def _error(self, model: nn.Module, checks: Sequence[Check]) -> float:
+        """How far a model's outputs are from the expected ones; infinitely far where it does not run."""
+        try:
+            return max(relative_error(outputs_of(model, inputs), expected) for inputs, expected in checks)
+        except TraceError as error:
+            self.cause = error
+            return float("inf")
+
+    def divergence(self) -> str:
+        """The first module whose output differs when the model is cut in place, in words; the model stays whole."""
+        inputs = self._other_inputs()
+        with Snapshot(self.model) as snapshot:
+            bake(self.tensors, self.masks)
+            masked, _ = module_outputs(self.model, inputs)
+            snapshot.restore()
+            self._cut()
+            with sizes_from_inputs(self.model):
+                small, _ = module_outputs(self.model, inputs)
+            self._restore(snapshot)
+        return first_divergence(self.model, self.coupling, self.removed, masked, small, self.options.tolerance)
+
+
+def _put(graph: nn.Module, name: str, module: nn.Module) -> None:
+    """The module that took another's place in the model, in its graph as well."""
+    parent, _, child = name.rpartition(".")
+    try:
+        graph.get_submodule(parent)._modules[child] = module
+    except AttributeError:  # the graph does not call it
+        return

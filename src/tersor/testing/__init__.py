@@ -1,0 +1,3 @@
+"""Conformance suites for extensions: subclass one in your own tests, and pytest runs it."""
+
+from tersor.testing.propagation import PropagationRuleTestCase as PropagationRuleTestCase
