@@ -43,7 +43,7 @@ def shrink(model, x, masks, round_to=1, **options):
     reference = copy.deepcopy(model)
     bake(named_tensors(reference), coupling.complete(masks, constants.masked))
     kept = coupling.kept(removed)
-    cut(model, named_tensors(model), kept, masks)
+    cut(model, named_tensors(model), kept, coupling.complete(masks, constants.masked))
     made = fold(model, constants.shifts, kept)
     return model, reference, constants, made
 
@@ -188,7 +188,7 @@ def test_zero_padding_masks_what_is_not_zero():
     assert left.reason == "zero padding meets its constant at the border"
     bake(named_tensors(fixed), coupling.complete(masks, constants.masked))
     kept = coupling.kept(coupling.removed(masks))
-    cut(model, named_tensors(model), kept, masks)
+    cut(model, named_tensors(model), kept, coupling.complete(masks, constants.masked))
     fold(model, constants.shifts, kept)
     x = torch.randn(5, *IMAGE[1:])
     assert relative_error(outputs_of(model, x), outputs_of(fixed, x)) < 1e-6
@@ -425,7 +425,7 @@ def test_in_half_precision_a_constant_is_still_one():
     constants = find_constants(model, coupling, masks, coupling.removed(masks))
     assert constants.not_folded == ()
     kept = coupling.kept(coupling.removed(masks))
-    cut(model, named_tensors(model), kept, masks)
+    cut(model, named_tensors(model), kept, coupling.complete(masks, constants.masked))
     fold(model, constants.shifts, kept)
     assert model[3].bias.dtype is torch.bfloat16
 

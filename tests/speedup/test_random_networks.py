@@ -268,8 +268,7 @@ def error_of_small(model: Network | Pair, fresh: Tensor, seed: int) -> float:
     coupling = groups(model, model.example)
     masks = random_masks(coupling, coupling.read if seed % 2 else coupling.written, seed)
     wrappers = ModelWrappers(model)
-    # What may be taken apart by numbers in the code is left alone where nothing is verified.
-    wrappers.replace_masks(coupling.complete(masks, coupling.removed(masks) & ~coupling.coded))
+    wrappers.replace_masks(coupling.complete(masks))
     with torch.no_grad():
         expected = tensors_of(model(fresh.clone()))
         wrappers.detach()

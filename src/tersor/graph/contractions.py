@@ -25,12 +25,13 @@ def _read(call: Call, names: tuple[str, str], operands: tuple[Labels, Labels], d
     vectors = [labels.get(dim) for labels, dim in zip(operands, dims, strict=True)]
     meet(call, vectors, tensors[0].shape[dims[0]], SUMMED)
     weights = [call.is_weight(tensor) for tensor in tensors]
-    for tensor, is_weight, vector in zip(tensors, weights, vectors, strict=True):
+    is_exact = any(weights) or any(call.is_zero(tensor) for tensor in tensors)
+    for is_weight, vector in zip(weights, vectors, strict=True):
         if vector is None:
             continue
         if is_weight:
             call.ledger.mark_read(vector)
-        if not any(weights) and not any(call.is_zero(tensor) for tensor in tensors):
+        if not is_exact:
             call.ledger.bend(vector, "is summed over, and is not zero where it is masked")
 
 
@@ -193,8 +194,11 @@ def embedding_bag(call: Call) -> list[Labels]:
 
 @rule("_weight_norm_interface", "_weight_norm")
 def weight_norm(call: Call) -> Any:
-    """``w = g * v / |v|``: the norm runs over masked values of ``v``, which are zero, so nothing is lost by removal."""
-    v, g = call.labels("v"), call.labels("g")
+    """``w = g * v / |v|``: masked rows of ``v`` have no norm to be divided by; what they read may leave."""
+    v = call.labels("v")
     dim = call.arguments.get("dim", 0)
-    meet(call, [v.get(dim), g.get(dim)], call.arguments["v"].shape[dim], "is scaled by what no parameter controls")
+    reason = "is scaled to a norm of its own, and has none when it is masked"
+    call.freeze(call.labels("g"), reason)
+    if dim in v:
+        call.ledger.freeze(v.pop(dim), reason)
     return [v] + [{} for _ in call.result[1:]] if isinstance(call.result, (list, tuple)) else v

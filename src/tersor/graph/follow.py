@@ -132,10 +132,11 @@ class _Follower(TorchDispatchMode):
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         call = Call(func, arguments, result, self.ledger, lambda tensor: facts.get(id(tensor), NOTHING))
         touched = base_name(func) in constants.MAKING or any(f.labels for f in facts.values())
+        touched = touched and any(tensor.numel() for tensor in outputs)
         if func._schema.is_mutable and base_name(func) in MOVEMENT and _same_layout(keys[0], _key(operands[0])):
             labels: Any = facts[id(operands[0])].labels
         else:
-            labels = self._apply(call, operands, facts) if touched and outputs else {}
+            labels = self._apply(call, operands, facts) if touched else {}
         each = labels if isinstance(labels, list) else [labels] * len(outputs)
         writes = func._schema.is_mutable and operands and not preserves_values(func)
         if writes:
@@ -305,11 +306,11 @@ def _follow(model: nn.Module, example_inputs: Any, *, record_outputs: bool, reco
     for name, tensor in named_tensors(model).items():
         owners.setdefault(_key(tensor), (tensor, []))[1].append(name)
     for tensor, names in owners.values():
-        labels = {
+        labels: Fields = {
             dim: ledger.add_axis(tuple(names), tensor, dim) for dim in range(tensor.dim()) if tensor.shape[dim] > 1
         }
         is_parameter = isinstance(tensor, nn.Parameter)
-        follower.learn(tensor, dict(labels), is_weight=is_parameter, is_zero=is_parameter)
+        follower.learn(tensor, labels, is_weight=is_parameter, is_zero=is_parameter)
     outputs: list[tuple[str, Fields]] = []
     graph = model if record_nodes and isinstance(model, fx.GraphModule) else None
     called = model if graph is None else _Nodes(graph, follower, outputs)

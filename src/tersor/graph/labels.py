@@ -188,19 +188,20 @@ class Ledger:
         """Tie labels until each field is constant along all of its dimensions but one.
 
         Which one: the longest, so that the least is tied. A field in which heads already live and die whole, because of
-        what was computed with them, is left as it is.
+        what was computed with them, is left as it is. Where a part belongs to no parameter, all of it stays.
         """
-        fields = [field.numpy() for field in self._fields]
+        fields = []
+        for labels in {(labels.shape, labels.numpy().tobytes()): labels for labels in self._fields}.values():
+            if bool((labels == UNKNOWN).any()):
+                self.freeze(labels, "stands beside what no parameter controls")
+            else:
+                fields.append(labels.numpy())
         while True:
             ties = [tie for field in fields for tie in _product_ties(classes, field)]
             if not ties:
                 return classes
             a, b = (np.concatenate(side) for side in zip(*ties, strict=True))
-            known = (a != UNKNOWN) & (b != UNKNOWN)
-            unknown = np.maximum(a, b)[~known]
-            self._frozen.append((torch.from_numpy(unknown), "stands beside what no parameter controls"))
-            joined = connected_components(self.count, classes[a[known]], classes[b[known]])
-            classes = joined[classes]
+            classes = connected_components(self.count, classes[a], classes[b])[classes]
 
     def _covering(self, classes: np.ndarray) -> Iterator[tuple[Tensor, str]]:
         """Axes whose indices are all of one class: nothing would be left of them."""

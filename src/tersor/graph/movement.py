@@ -212,7 +212,7 @@ def _cut(call: Call, array: Tensor, axis: int, parts: list[tuple[int, int, int]]
 @rule("cat", "concatenate", "concat")
 def cat(call: Call) -> Fields:
     """Labels stand one after the other along the joined dimension and agree along all others."""
-    tensors: list[Tensor] = [tensor for tensor in call.arguments["tensors"] if tensor.dim() == call.result.dim()]
+    tensors: list[Tensor] = [tensor for tensor in call.arguments["tensors"] if tensor.numel()]
     return _joined(call, tensors, [call.fields_of(tensor) for tensor in tensors], call.arguments.get("dim", 0))
 
 

@@ -61,6 +61,8 @@ def stays_zero(call: Call, labels: Fields) -> bool:
         low, high = (
             call.arguments.get(key) for key in (("min_val", "max_val") if name == "hardtanh" else ("min", "max"))
         )
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            return False
         return (low is None or low <= 0) and (high is None or high >= 0)
     if name == "pow":
         exponent = call.arguments.get("exponent")

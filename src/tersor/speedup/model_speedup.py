@@ -6,17 +6,19 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from tersor.errors import MaskError, SpeedupError, WrapError, nearest
+from tersor.errors import InvalidValueError, MaskError, SpeedupError, WrapError, nearest
 from tersor.graph.coupling import Coupling, Masks, coupling_of
 from tersor.graph.inputs import named_tensors
 from tersor.graph.rules import Rule
+from tersor.speedup.folding import Constants, find_constants
 from tersor.speedup.replace import Customized
+from tersor.speedup.rounding import round_up_kept
 from tersor.speedup.trial import Options, Small, Trial
 from tersor.speedup.verify import divergence_error
 from tersor.storage import load_masks
@@ -28,6 +30,7 @@ GRAPH_RETURNED = (
     "the graph of the model in eval mode: training branches outside torch.nn's modules are not in it. Take the sizes "
     "from tensors (x.flatten(1)) to keep the model's own class."
 )
+ROUNDED = "is kept so that a multiple of round_to is left"
 UNVERIFIED = "has a size that may stand in the code as a number, which only verify=True finds out"
 RETRIES = 4
 """How often classes are given back, where no form of the small model computes what the masked one does."""
@@ -59,6 +62,7 @@ class SpeedupReport:
         inexact: what was removed although a statistic runs over it (``allow_inexact``), with the reason; there the
             small model's numbers differ from the masked one's.
         attributes: numbers that modules keep beside their tensors and that were made right, before and after.
+        not_folded: channels whose constants could not be folded (``constants="fold"``) and were masked, and why.
         repairs: sizes in the code that were made right in the returned graph; empty where the model kept its class.
         error: largest difference of the small model's outputs from the masked model's, relative to the largest output;
             None where verification was turned off.
@@ -71,6 +75,7 @@ class SpeedupReport:
     inexact: tuple[LeftAlone, ...] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
+    not_folded: tuple[LeftAlone, ...] = ()
 
 
 class ModelSpeedup:
@@ -94,6 +99,11 @@ class ModelSpeedup:
         allow_inexact: also remove what a statistic runs over (the width of a model with layer norm). The small model
             then computes other numbers than the masked one and has to be fine-tuned; it is not verified, and what is
             inexact is in the report.
+        round_to: leave this many channels, or heads, or a multiple: what is asked for beyond it stays, silent.
+        constants: what becomes of the constant that a masked channel still carries where only weights are masked
+            (its bias, the shift of its norm): ``mask`` silences it, as the simulation of a pruner does; ``fold`` moves
+            it into the bias of the layers that read it, where that is exact, so that the small model computes what the
+            model with nothing but the given masks does.
         customized_mask_updaters: rules by operator or module type, as :func:`tersor.graph.propagate` takes them, for
             this speedup alone.
         customized_replacers: replacers by module type, as :func:`tersor.speedup.replace` takes them, for this speedup
@@ -127,6 +137,8 @@ class ModelSpeedup:
         tolerance: float = 1e-4,
         batch_dim: int = 0,
         allow_inexact: bool = False,
+        round_to: int = 1,
+        constants: Literal["mask", "fold"] = "mask",
         customized_mask_updaters: Mapping[Any, Rule] | None = None,
         customized_replacers: Customized = (),
         graph_module: fx.GraphModule | None = None,
@@ -143,7 +155,11 @@ class ModelSpeedup:
         self.dummy_input = dummy_input
         self.masks = _checked(model, given)
         self._simulated_only = tuple(_simulated_only(given))
+        if constants not in ("mask", "fold"):
+            raise InvalidValueError(f"constants is {constants!r}", where="ModelSpeedup", legal=("mask", "fold"))
         self.allow_inexact = allow_inexact
+        self.round_to = round_to
+        self.constants = constants
         self.customized_mask_updaters = dict(customized_mask_updaters or {})
         self.options = Options(verify, tolerance, batch_dim, customized_replacers, graph_module)
         self.report: SpeedupReport | None = None
@@ -158,33 +174,49 @@ class ModelSpeedup:
         coupling = coupling_of(
             self.model, self.dummy_input, allow_inexact=self.allow_inexact, customized=self.customized_mask_updaters
         )
-        removed = coupling.removed(self.masks)
-        refused: dict[int, str] = {}
+        asked = coupling.removed(self.masks)
+        constants = self._constants(coupling, asked)
+        # What is given back keeps what was asked for: it stays, silent.
+        masks = coupling.complete(self.masks, asked if constants is None else constants.masked)
+        shifts = () if constants is None else constants.shifts
+        removed = round_up_kept(coupling, asked, self.round_to)
+        rounded = np.flatnonzero(asked & ~removed).tolist()
+        refused: dict[int, str] = dict.fromkeys(rounded, ROUNDED)
         if not self.options.verify:
             unsure = removed & coupling.coded
-            refused = dict.fromkeys(np.flatnonzero(unsure).tolist(), UNVERIFIED)
+            refused.update(dict.fromkeys(np.flatnonzero(unsure).tolist(), UNVERIFIED))
             removed &= ~unsure
-        for _ in range(RETRIES):
-            trial = self._trial(coupling, removed)
+        retries = 0
+        while True:
+            trial = Trial(self.model, coupling, removed, masks, shifts, self.options)
             small = trial.run()
             if small is not None:
-                return self._report(coupling, removed, small, refused)
+                return self._report(coupling, removed, small, refused, constants)
             where = trial.divergence()
             given_back = coupling.near(where.partition(" ")[0], removed)
-            if not (removed & ~given_back).any():
-                break  # nothing would be done: that is an error
+            if retries == RETRIES or not (removed & ~given_back).any():
+                raise divergence_error(where, str(trial.cause or ""))  # to do nothing at all is an error
             reason = f"is a size in the code of {where} that could not be made right"
             refused.update(dict.fromkeys(np.flatnonzero(given_back).tolist(), reason))
             removed = removed & ~given_back
-        raise divergence_error(where, str(trial.cause or ""))
+            retries += 1
 
-    def _trial(self, coupling: Coupling, removed: np.ndarray) -> Trial:
-        return Trial(self.model, coupling, removed, self.masks, self.options)
+    def _constants(self, coupling: Coupling, removed: np.ndarray) -> Constants | None:
+        if self.constants == "mask":
+            return None
+        return find_constants(self.model, coupling, self.masks, removed, batch_dim=self.options.batch_dim)
 
-    def _report(self, coupling: Coupling, removed: np.ndarray, small: Small, refused: Mapping[int, str]) -> nn.Module:
+    def _report(
+        self,
+        coupling: Coupling,
+        removed: np.ndarray,
+        small: Small,
+        refused: Mapping[int, str],
+        constants: Constants | None,
+    ) -> nn.Module:
         if small.model is not self.model:
             warnings.warn(GRAPH_RETURNED, stacklevel=3)
-        reasons = sorted(set(refused.values()) - {UNVERIFIED})
+        reasons = sorted(set(refused.values()) - {UNVERIFIED, ROUNDED})
         if reasons:
             warnings.warn(f"Left alone, for each {'; '.join(reasons)} (see report.left_alone).", stacklevel=3)
         left_alone = (*_left_alone(coupling, self.masks, removed, refused), *self._simulated_only)
@@ -196,6 +228,7 @@ class ModelSpeedup:
             tuple(_inexact(coupling, removed)),
             small.attributes,
             small.repairs,
+            () if constants is None else tuple(LeftAlone(n.target, n.count, n.reason) for n in constants.not_folded),
         )
         return small.model
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tersor.graph.coupling import Masks
 from tersor.graph.inputs import named_tensors
 from tersor.speedup.resize import groups_left, size_attributes, update_sizes
 
+Factors = Mapping[str, Mapping[str, Sequence[Tensor]]]
+"""For each target of each module its mask, as bool tensors that broadcast against it and whose product it is."""
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
@@ -24,6 +25,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self._data = {tensor: (tensor.data, tensor.grad) for tensor in named_tensors(model).values()}
+        self._absent = [(m, name) for m in model.modules() for name, value in m._parameters.items() if value is None]
         self._sizes = {module: size_attributes(module) for module in model.modules()}
 
     def restore(self) -> None:
@@ -32,6 +34,8 @@ class Snapshot:
             tensor.grad = None
             tensor.data = data
             tensor.grad = grad
+        for module, name in self._absent:
+            module._parameters[name] = None
         for module, sizes in self._sizes.items():
             for name, value in sizes.items():
                 setattr(module, name, value)
@@ -46,7 +50,7 @@ class Snapshot:
             self.restore()
 
 
-def bake(tensors: Mapping[str, Tensor], masks: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> None:
+def bake(tensors: Mapping[str, Tensor], masks: Factors) -> None:
     """Make masked values zero.
 
     Args:
@@ -72,7 +76,7 @@ def _silence(values: Tensor, factor: Tensor) -> None:
 
 
 def cut(
-    model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Tensor]], masks: Masks
+    model: nn.Module, tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, Tensor]], masks: Factors
 ) -> Shapes:
     """Keep only the given indices of each named tensor, and let the modules' own sizes follow.
 
@@ -84,7 +88,7 @@ def cut(
         model: changed in place.
         tensors: its parameters and buffers by qualified name.
         kept: qualified name to dimension to bool vector, True keeps.
-        masks: what was asked for.
+        masks: for each target its mask as factors.
 
     Returns:
         the shape of each tensor that was cut, before and after.
@@ -110,15 +114,16 @@ def cut(
     return shapes
 
 
-def _remaining(masks: Masks, kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[str, tuple[Tensor, ...]]]:
+def _remaining(masks: Factors, kept: Mapping[str, Mapping[int, Tensor]]) -> dict[str, dict[str, tuple[Tensor, ...]]]:
     """Masks cut like their tensors, as far as they still remove something."""
     remaining: dict[str, dict[str, tuple[Tensor, ...]]] = {}
     for module, targets in masks.items():
-        for target, mask in targets.items():
+        for target, factors in targets.items():
             dims = kept.get(f"{module}.{target}" if module else target, {})
-            left = _select(mask, {dim: vector for dim, vector in dims.items() if mask.shape[dim] > 1})
-            if not bool(left.all()):
-                remaining.setdefault(module, {})[target] = (left,)
+            cut_alike = (_select(mask, {d: v for d, v in dims.items() if mask.shape[d] > 1}) for mask in factors)
+            left = tuple(mask for mask in cut_alike if not bool(mask.all()))
+            if left:
+                remaining.setdefault(module, {})[target] = left
     return remaining
 
 

@@ -10,18 +10,18 @@ import numpy as np
 from torch import Tensor, fx, nn
 
 from tersor.errors import SpeedupError, TersorError, TraceError
-from tersor.graph.coupling import Coupling, Masks
+from tersor.graph.coupling import Coupling
 from tersor.graph.inputs import batch_size, fresh_inputs, named_tensors
 from tersor.graph.trace import concrete_trace
 from tersor.speedup.attributes import repair_attributes
+from tersor.speedup.folding import Shift, fold
 from tersor.speedup.replace import Customized, Replacements, replace_modules
 from tersor.speedup.resize import sizes_from_inputs
 from tersor.speedup.rewrite import record_sizes, repair_graph
-from tersor.speedup.slicing import Shapes, Snapshot, bake, cut
+from tersor.speedup.slicing import Factors, Shapes, Snapshot, bake, cut
 from tersor.speedup.small_graph import Repair
 from tersor.speedup.verify import first_divergence, module_outputs, outputs_of, relative_error
 
-Factors = Mapping[str, Mapping[str, tuple[Tensor, ...]]]
 Check = tuple[Any, list[Tensor]]
 """Inputs, and what the masked model returns for them."""
 
@@ -73,15 +73,31 @@ class Trial:
     """
 
     def __init__(
-        self, model: nn.Module, coupling: Coupling, removed: np.ndarray, requested: Masks, options: Options
+        self,
+        model: nn.Module,
+        coupling: Coupling,
+        removed: np.ndarray,
+        masks: Factors,
+        shifts: Sequence[Shift],
+        options: Options,
     ) -> None:
+        """A trial.
+
+        Args:
+            model: changed in place by :meth:`run`, where that succeeds.
+            coupling: of the model.
+            removed: the classes that leave.
+            masks: with them the model computes what the small one must.
+            shifts: what the removed classes add to biases.
+            options: of the user.
+        """
         self.model = model
         self.coupling = coupling
         self.removed = removed
-        self.requested = requested
+        self.masks = masks
+        self.shifts = shifts
         self.options = options
         self.tensors = named_tensors(model)
-        self.masks = coupling.complete(requested, removed)
         self.kept = coupling.kept(removed)
         self.cause: Exception | None = None
         self._replaced = Replacements()
@@ -101,7 +117,8 @@ class Trial:
             return small
 
     def _cut(self) -> Shapes:
-        shapes = cut(self.model, self.tensors, self.kept, self.requested)
+        shapes = cut(self.model, self.tensors, self.kept, self.masks)
+        fold(self.model, self.shifts, self.kept)
         self._replaced = replace_modules(self.model, self.kept, self.options.replacers)
         return shapes
 
