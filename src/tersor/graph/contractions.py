@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tersor.graph.labels import GroupedProduct
 from tersor.graph.rules import Call, Labels, freeze_rest, meet, rule, unknown_vector
 
 SUMMED = "is summed with the model's input or another tensor that no parameter controls"
@@ -64,16 +65,23 @@ def convolution(call: Call) -> Labels:
 
 
 def _grouped_convolution(call: Call, x: Tensor | None, w: Labels) -> Labels:
-    """Whole groups leave, or the same positions of every group: whichever gives more to choose from.
+    """Whole groups leave, or the same positions of every group; depthwise is one channel a group.
 
-    Depthwise is one channel a group.
+    Groups may become heads, or be shuffled, so which of the two is decided when all else is known. Those of a
+    transposed convolution leave whole.
     """
     groups, channels = call.arguments["groups"], call.arguments["input"].shape[1]
     entering = (unknown_vector(channels) if x is None else x).reshape(groups, -1)
     outer = w.get(0)
-    if outer is None or (w.get(1) is not None and groups < entering.shape[1]):
-        return _positions_of_groups(call, entering, w)
+    if outer is None:
+        call.freeze({} if x is None else {1: x}, "feeds a grouped convolution that no parameter controls")
+        return {}
     rows = outer.reshape(groups, -1)
+    if not call.arguments["transposed"] and 1 in w:
+        call.ledger.must_agree_in_groups(GroupedProduct(entering, rows, w[1]))
+        if call.is_weight(call.arguments["weight"]):
+            call.ledger.mark_read(w[1])
+        return _channels(call, outer, outer)
     if 1 in w:
         call.ledger.freeze(w[1], "stands within a convolution's groups, which live and die whole")
     call.ledger.tie(rows, [1])
@@ -83,22 +91,6 @@ def _grouped_convolution(call: Call, x: Tensor | None, w: Labels) -> Labels:
         return _channels(call, outer, outer)
     width = call.result.shape[1] // groups
     return _channels(call, outer, rows[:, :1].expand(groups, width).reshape(-1))
-
-
-def _positions_of_groups(call: Call, entering: Tensor, w: Labels) -> Labels:
-    """Every group loses the same positions, of its inputs and of its outputs."""
-    groups, transposed = call.arguments["groups"], call.arguments["transposed"]
-    inner, outer = (w.get(0), w.get(1)) if transposed else (w.get(1), w.get(0))
-    inputs = call.ledger.tie(entering, [0]).reshape(-1)
-    if transposed and inner is not None:
-        inner = call.ledger.tie(inner.reshape(groups, -1), [0]).reshape(-1)
-    meet(call, [inputs, inner], len(inputs), SUMMED)
-    if inner is not None and call.is_weight(call.arguments["weight"]):
-        call.ledger.mark_read(w[0] if transposed else w[1])
-    if outer is None:
-        return _channels(call, None, None)
-    positions = outer if transposed else call.ledger.tie(outer.reshape(groups, -1), [0]).reshape(-1)
-    return _channels(call, outer, positions.repeat(groups))
 
 
 @rule("mm", "bmm")

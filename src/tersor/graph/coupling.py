@@ -167,10 +167,10 @@ class Coupling:
         for number, axis in enumerate(self.axes):
             owner[axis.span] = number
         end = self.axes[-1].span.stop if self.axes else 1  # behind it: labels of what belongs to no parameter
-        pairs = np.unique(np.stack([self.classes[1:end], owner[1:end]], axis=1), axis=0)
+        pairs = np.unique(self.classes[1:end] * len(self.axes) + owner[1:end])
         marks = np.random.default_rng(0).integers(1, 2**62, size=len(self.axes), dtype=np.int64)
         signature = np.zeros(len(self.classes), dtype=np.int64)
-        np.add.at(signature, pairs[:, 0], marks[pairs[:, 1]])
+        np.add.at(signature, pairs // max(len(self.axes), 1), marks[pairs % max(len(self.axes), 1)])
         used = np.zeros(len(self.classes), dtype=bool)
         used[self.classes[self.written | self.read]] = True
         used[0] = False

@@ -162,9 +162,10 @@ def copied(example_inputs: Any) -> Any:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients and without fused attention fast paths; nothing of it remains.
 
-    Train/eval flags, buffers that ``forward`` writes and the random state are put back. Runs under it draw the same
-    random numbers.
+    Train/eval flags, buffers that ``forward`` writes, caches and the random state are put back. Runs under it draw the
+    same random numbers.
     """
+    caches = [(cache, dict(cache)) for cache in caches_of(model)]
     training = [module for module in model.modules() if module.training]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     written = [
@@ -181,12 +182,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         module.training = False
     torch.backends.mha.set_fastpath_enabled(False)
     try:
+        for cache, _ in caches:
+            cache.clear()
         for generator in generators:
             generator.manual_seed(0)
         with torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+        for cache, content in caches:
+            cache.clear()
+            cache.update(content)
         for module in training:
             module.training = True
         for generator, state in zip(generators, states, strict=True):
@@ -196,6 +202,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             if tensor._version != version:
                 with torch.no_grad():
                     tensor.copy_(value)
+
+
+def caches_of(model: nn.Module) -> list[dict[Any, Any]]:
+    """Dictionaries in which modules keep what ``forward`` computed, by the name of the attribute (``bias_cache``)."""
+    return [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if "cache" in name and type(value) is dict
+    ]
 
 
 def _written_by_forward(module: nn.Module) -> list[dict[str, Any]]:

@@ -76,6 +76,39 @@ class Classes:
     coded: np.ndarray
 
 
+@dataclass(frozen=True)
+class GroupedProduct:
+    """A contraction in groups, of which either whole groups leave or the same positions of every group.
+
+    Attributes:
+        inputs: labels of what is summed over, shape ``(groups, inputs of each)``.
+        outputs: labels of the results, shape ``(groups, outputs of each)``.
+        inner: labels along the weight's dimension within a group, shape ``(inputs of each,)``; None for a size of 1.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    inner: Tensor | None
+
+    def decided(self, classes: np.ndarray) -> bool | None:
+        """True for whole groups, False for positions, None while nothing speaks for either."""
+        if self.inner is None:
+            return True
+        if bool((self.inputs == UNKNOWN).any()):
+            return False
+        for labels in (self.inputs, self.outputs):
+            found = classes[labels.numpy()]
+            along_groups, within = (bool((found == found.take([0], dim)).all()) for dim in (0, 1))
+            if along_groups != within and 1 not in found.shape:
+                return within
+        return None
+
+    @property
+    def default(self) -> bool:
+        """Whichever gives more to choose from."""
+        return self.inputs.shape[0] >= self.inputs.shape[1]
+
+
 @dataclass
 class Ledger:
     """All labels of one model, and what was recorded about them while it ran.
@@ -92,6 +125,7 @@ class Ledger:
     _frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     _bent: list[tuple[Tensor, str, int]] = field(default_factory=list)
     _fields: list[Tensor] = field(default_factory=list)
+    _grouped: list[GroupedProduct] = field(default_factory=list)
     _written: list[Tensor] = field(default_factory=list)
     _read: list[Tensor] = field(default_factory=list)
     _coded: list[Tensor] = field(default_factory=list)
@@ -147,6 +181,10 @@ class Ledger:
         """What is left of a field over several dimensions must be a product of index sets."""
         self._fields.append(field)
 
+    def must_agree_in_groups(self, product: GroupedProduct) -> None:
+        """Whole groups leave, or the same positions of every group: decided when all else is known."""
+        self._grouped.append(product)
+
     def mark_coded(self, vector: Tensor) -> None:
         """How many of these indices there are may stand in the model's code as a number."""
         self._coded.append(vector.reshape(-1))
@@ -196,12 +234,36 @@ class Ledger:
                 self.freeze(labels, "stands beside what no parameter controls")
             else:
                 fields.append(labels.numpy())
+        waiting = list(self._grouped)
         while True:
-            ties = [tie for field in fields for tie in _product_ties(classes, field)]
+            ties = [tie for labels in fields for tie in _product_ties(classes, labels)]
+            modes = {id(product): product.decided(classes) for product in waiting}
+            if not ties and waiting and all(mode is None for mode in modes.values()):
+                modes = {id(product): product.default for product in waiting}
+            for product in waiting:
+                mode = modes[id(product)]
+                ties += [] if mode is None else self._in_groups(product, mode)
+            waiting = [product for product in waiting if modes[id(product)] is None]
             if not ties:
                 return classes
             a, b = (np.concatenate(side) for side in zip(*ties, strict=True))
             classes = connected_components(self.count, classes[a], classes[b])[classes]
+
+    def _in_groups(self, product: GroupedProduct, whole: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The joins that a grouped product comes to."""
+        inputs, outputs = product.inputs.numpy(), product.outputs.numpy()
+        if whole:
+            if product.inner is not None:
+                self.freeze(product.inner, "stands within a convolution's groups, which live and die whole")
+            first = outputs[:, :1]
+            return [_joined(first, outputs), _joined(first, inputs)]
+        joins = [_joined(outputs[:1], outputs)]
+        assert product.inner is not None
+        if (inputs == UNKNOWN).any():
+            for labels in (product.inner, product.inputs):
+                self.freeze(labels[labels != UNKNOWN], "is summed with what no parameter controls")
+            return joins
+        return [*joins, _joined(inputs[:1], inputs), _joined(inputs[:1], product.inner.numpy()[None])]
 
     def _covering(self, classes: np.ndarray) -> Iterator[tuple[Tensor, str]]:
         """Axes whose indices are all of one class: nothing would be left of them."""
@@ -243,7 +305,12 @@ def _product_ties(classes: np.ndarray, field: np.ndarray) -> Iterator[tuple[np.n
     for dim in range(field.ndim):
         if dim != keep:
             first = first.take([0], dim)
-    yield np.broadcast_to(first, field.shape).reshape(-1), field.reshape(-1)
+    yield _joined(first, field)
+
+
+def _joined(first: np.ndarray, field: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both sides of the joins of a field with what it repeats."""
+    return np.broadcast_to(first, field.shape).reshape(-1), field.reshape(-1)
 
 
 def _concatenated(vectors: list[Tensor]) -> np.ndarray:

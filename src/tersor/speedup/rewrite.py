@@ -55,7 +55,8 @@ class _Repairer(SmallGraph):
         except Exception as error:
             raise self.stuck(n, f"{type(error).__name__}: {error}{wanted}") from error
         if isinstance(result, Tensor) and tuple(result.shape) != expected:
-            raise self.stuck(n, f"it returns shape {tuple(result.shape)}{wanted}")
+            kept = " and is kept outside the model's parameters and buffers" if n.op == "get_attr" else ""
+            raise self.stuck(n, f"it has shape {tuple(result.shape)}{kept}{wanted}")
         return result
 
     def _open(self, node: fx.Node) -> None:

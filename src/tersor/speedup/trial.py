@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from tersor.errors import SpeedupError, TersorError, TraceError
 from tersor.graph.coupling import Coupling
-from tersor.graph.inputs import batch_size, fresh_inputs, named_tensors
+from tersor.graph.inputs import batch_size, caches_of, fresh_inputs, named_tensors
 from tersor.graph.trace import concrete_trace
 from tersor.speedup.attributes import repair_attributes
 from tersor.speedup.folding import Shift, fold
@@ -114,6 +114,9 @@ class Trial:
                 small = self._repaired(checks, snapshot)
             if small is None:
                 self._restore(snapshot)
+            else:
+                for cache in caches_of(self.model):
+                    cache.clear()  # what it holds has the old sizes
             return small
 
     def _cut(self) -> Shapes:
@@ -188,7 +191,11 @@ class Trial:
             with sizes_from_inputs(model):
                 return self._error(model, checks) <= self.options.tolerance
 
-        return repair_attributes(self.model, repairs, is_right)
+        cause = self.cause
+        try:
+            return repair_attributes(self.model, repairs, is_right)
+        finally:
+            self.cause = cause
 
     def _error(self, model: nn.Module, checks: Sequence[Check]) -> float:
         """How far a model's outputs are from the expected ones; infinitely far where it does not run."""
