@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.errors import EmptyLayerError, MaskError, VerificationError, WrapError
+from tersor.errors import EmptyLayerError, MaskError, TraceError, VerificationError, WrapError
 from tersor.graph import groups
 from tersor.speedup import ModelSpeedup
 from tersor.storage import save_masks
@@ -184,11 +184,10 @@ def test_a_count_in_the_code_is_found_and_nothing_changes():
         lambda x: -x if x.mean() < 0.5 else x,
         lambda x: x * 2 if x.shape[0] > 3 else x,
         lambda x: x * max(x.shape[0], 3),
-        lambda x: x * int(x.shape[2] * 0.5),
         lambda x: torch.cat([x[i : i + 1] for i in range(x.shape[0])]),
     ],
 )
-def test_a_model_that_decides_is_not_replaced_by_a_graph(decide):
+def test_a_model_that_decides_on_values_or_the_batch_is_not_replaced_by_a_graph(decide):
     class Deciding(LiteralView):
         def forward(self, x):
             return super().forward(decide(x))
@@ -250,3 +249,17 @@ def test_a_linear_model_in_double_precision():
     assert speedup.speedup_model()[2].weight.dtype is torch.float64
     assert speedup.report.error < 1e-14
     assert speedup.report.shapes["0.weight"] == ((8, 4), (7, 4))
+
+
+def test_a_graph_checks_what_the_code_decided():
+    class Deciding(LiteralView):
+        def forward(self, x):
+            return super().forward(x * 2 if x.shape[1] > 2 else x)
+
+    model, x = randomize(Deciding()), torch.randn(IMAGE)
+    masks = random_masks(model, x)
+    with pytest.warns(UserWarning, match="GraphModule"):
+        small = ModelSpeedup(model, x, masks).speedup_model()
+    assert small(torch.randn(11, *IMAGE[1:])).shape[0] == 11
+    with pytest.raises(TraceError, match=r"'gt' of the model gives True, and here it gives False"):
+        small(torch.randn(IMAGE)[:, :2])

@@ -266,13 +266,12 @@ class Coupling:
         return masks
 
     def near(self, module: str, removed: np.ndarray) -> np.ndarray:
-        """Of the classes that leave, those with a tensor in or below a module; of all of them where there are none."""
+        """Of the classes that leave, those with a tensor in or below a module."""
         near = np.zeros(len(self.classes), dtype=bool)
         for axis in self.axes:
             if any(name.startswith(f"{module}.") for name in axis.names):
                 near[self.classes[axis.span]] = True
-        near &= removed
-        return near if near.any() else removed.copy()
+        return near & removed
 
     def _losing(self, removed: np.ndarray) -> list[tuple[Axis, int]]:
         """Axes that lose something, with the number of their indices that leave."""

@@ -193,13 +193,23 @@ class ModelSpeedup:
             if small is not None:
                 return self._report(coupling, removed, small, refused, constants)
             where = trial.divergence()
-            given_back = coupling.near(where.partition(" ")[0], removed)
+            given_back = self._concerned(coupling, removed, trial.concerned or {where.partition(" ")[0]})
             if retries == RETRIES or not (removed & ~given_back).any():
                 raise divergence_error(where, str(trial.cause or ""))  # to do nothing at all is an error
             reason = f"is a size in the code of {where} that could not be made right"
             refused.update(dict.fromkeys(np.flatnonzero(given_back).tolist(), reason))
             removed = removed & ~given_back
             retries += 1
+
+    def _concerned(self, coupling: Coupling, removed: np.ndarray, names: set[str]) -> np.ndarray:
+        """The classes that leave from the named modules or from others of their types, torch's own excepted."""
+        modules = dict(self.model.named_modules())
+        kinds = {type(modules[name]) for name in names if name in modules}
+        kinds = {kind for kind in kinds if not kind.__module__.startswith("torch.nn")}
+        names = names | {name for name, module in modules.items() if type(module) in kinds}
+        near = [coupling.near(name, removed) for name in names if name]
+        found = np.logical_or.reduce(near) if near else np.zeros_like(removed)
+        return found if found.any() else removed.copy()
 
     def _constants(self, coupling: Coupling, removed: np.ndarray) -> Constants | None:
         if self.constants == "mask":

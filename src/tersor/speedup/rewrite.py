@@ -49,12 +49,12 @@ class _Repairer(SmallGraph):
         rule = find_rule(n)
         wanted = "" if expected is None else f", its result must have shape {expected}"
         try:
-            if rule is not None:
+            if rule is not None and (expected is None or 0 not in expected):
                 rule(self, n)
             result = super().run_node(n)
         except Exception as error:
             raise self.stuck(n, f"{type(error).__name__}: {error}{wanted}") from error
-        if isinstance(result, Tensor) and tuple(result.shape) != expected:
+        if isinstance(result, Tensor) and result.numel() and tuple(result.shape) != expected:
             kept = " and is kept outside the model's parameters and buffers" if n.op == "get_attr" else ""
             raise self.stuck(n, f"it has shape {tuple(result.shape)}{kept}{wanted}")
         return result

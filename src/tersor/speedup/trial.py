@@ -15,6 +15,7 @@ from tersor.graph.inputs import batch_size, caches_of, fresh_inputs, named_tenso
 from tersor.graph.trace import concrete_trace
 from tersor.speedup.attributes import repair_attributes
 from tersor.speedup.folding import Shift, fold
+from tersor.speedup.guards import guard_decisions
 from tersor.speedup.replace import Customized, Replacements, replace_modules
 from tersor.speedup.resize import sizes_from_inputs
 from tersor.speedup.rewrite import record_sizes, repair_graph
@@ -24,6 +25,10 @@ from tersor.speedup.verify import first_divergence, module_outputs, outputs_of, 
 
 Check = tuple[Any, list[Tensor]]
 """Inputs, and what the masked model returns for them."""
+
+
+MANY = 9
+"""A batch of more samples than examples have, at which code that decides on the batch size is found out."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class Trial:
         self.tensors = named_tensors(model)
         self.kept = coupling.kept(removed)
         self.cause: Exception | None = None
+        self.concerned: set[str] = set()  # modules in whose code sizes would have to be other
         self._replaced = Replacements()
 
     def run(self) -> Small | None:
@@ -155,7 +161,7 @@ class Trial:
     def _repaired(self, checks: list[Check], snapshot: Snapshot) -> Small | None:
         """With numbers made right, in the modules or else in the graph.
 
-        A graph holds what the code decided on for the example, so a model that decides stays in its own class.
+        A graph holds what the code decided on for the example, so a model that decides on values keeps its own class.
         """
         example = self.coupling.example_inputs
         try:
@@ -168,6 +174,7 @@ class Trial:
             for name in self._replaced.names:
                 _put(graph, name, self.model.get_submodule(name))
             repairs = repair_graph(graph, nodes, leaving, sizes)
+            self.concerned = {repair.module for repair in repairs}
         except (TersorError, AttributeError) as error:
             self.cause = error
             return None
@@ -176,15 +183,26 @@ class Trial:
         attributes = self._by_attributes(repairs, both)
         if attributes is not None:
             return Small(self.model, shapes, self._error(self.model, both), attributes, ())
-        decisions = graph.meta.get("decisions", ())
-        if decisions:
-            self.cause = self.cause or SpeedupError(
-                f"sizes stand in the code as numbers, and no graph follows what the code decides on: {decisions[0]}"
-            )
+        many = fresh_inputs(example, MANY, batch_dim=self.options.batch_dim)
+        if not self._guarded(graph, [sizes.inputs, larger[0], many]):
             return None
         with sizes_from_inputs(graph):
             error = self._error(graph, both)
         return Small(graph, shapes, error, {}, words) if error <= self.options.tolerance else None
+
+    def _guarded(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+        """Put checks where the graph holds what the code decided; False where it decided on what none can check."""
+        try:
+            with sizes_from_inputs(graph):
+                unchecked = guard_decisions(graph, inputs)
+        except TraceError as error:
+            self.cause = error
+            return False
+        if unchecked:
+            self.cause = SpeedupError(
+                f"sizes stand in the code as numbers, and a graph cannot follow what it decides on: {unchecked}"
+            )
+        return unchecked is None
 
     def _by_attributes(self, repairs: Sequence[Repair], checks: Sequence[Check]) -> dict[str, Any] | None:
         def is_right(model: nn.Module) -> bool:
