@@ -1,6 +1,8 @@
 # make quickstart   compress a real network on real data (under 4 minutes on 2 cores)
 # make test         linters, types, layers, and the whole test suite
 # make benchmarks   every figure in the README but the quickstart's (about 10 minutes)
+# make zoo          every architecture of tests/zoo (about 30 minutes on 2 cores), and the page docs/zoo.md
+# make properties   2,000 random graphs with random masks (about 10 minutes)
 # make clean        forget the environment and everything that was produced
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ BIN := .venv/bin
 # The environment variable, unlike pip's -c, also holds for what builds the package.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: quickstart test benchmarks clean
+.PHONY: quickstart test benchmarks zoo properties clean
 
 quickstart: .venv/examples.stamp
 	$(BIN)/python examples/01_quickstart.py
@@ -25,6 +27,15 @@ benchmarks: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.run speedup wrapping allocation
 	$(BIN)/python -m benchmarks.readme
 
+zoo: .venv/dev.stamp
+	$(BIN)/pip install --no-deps torch-pruning
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --jobs 2
+	$(BIN)/python -m benchmarks.zoo --table
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peer
+
+properties: .venv/dev.stamp
+	OMP_NUM_THREADS=1 TERSOR_EXAMPLES=2000 $(BIN)/pytest tests/properties
+
 clean:
 	rm -rf .venv runs
 
@@ -36,9 +47,9 @@ $(BIN)/pip:
 	$(BIN)/pip install -e '.[$*]'
 	touch $@
 
-# Only the definitions of torchvision's networks are wanted, not the CUDA packages that its wheel asks for.
+# Only the definitions of the networks are wanted, not the CUDA packages that torchvision's wheel asks for.
 .venv/torchvision.stamp: constraints.txt | $(BIN)/pip
-	$(BIN)/pip install --no-deps torchvision
+	$(BIN)/pip install --no-deps torchvision timm
 	touch $@
 
 .venv/dev.stamp: .venv/torchvision.stamp

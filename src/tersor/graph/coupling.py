@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import EmptyLayerError, InvalidValueError, TraceError
+from tersor.graph import export
 from tersor.graph.follow import follow
 from tersor.graph.inputs import named_tensors
 from tersor.graph.labels import Axis
@@ -346,11 +348,16 @@ class Coupling:
         return "\n".join(f"group {number}: {group}" for number, group in enumerate(self.groups))
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """The groups, ready for JSON."""
-        return [
-            {"size": group.size, "frozen": group.frozen, "members": [vars(member) for member in group.members]}
-            for group in self.groups
-        ]
+        """The groups as lists, mappings, strings and numbers."""
+        return export.to_dict(self.groups)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The groups as JSON; written to ``path`` as well where one is given."""
+        return export.to_json(self.groups, path)
+
+    def to_dot(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The groups as a graph for Graphviz (``dot -Tsvg``); written to ``path`` as well where one is given."""
+        return export.to_dot(self.groups, path)
 
 
 def coupling_of(

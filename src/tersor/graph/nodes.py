@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, ItemsView, Iterator, Mapping, Set, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, Set, ValuesView
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tersor.errors import TraceError
 from tersor.graph.inputs import named_tensors
+from tersor.graph.regions import Autocast, Gradients
 from tersor.graph.sizes import Shape, Traced, plain
 from tersor.graph.values import LITERALS, attributes, leaves, parts, rebuilt
 
@@ -29,6 +31,7 @@ class Nodes:
         constants: tensors and objects that are not the model's parameters or buffers, by the target of their node.
         decisions: what the code decided on.
         is_open: whether what the code does now is recorded.
+        gradients: where the code stops them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,20 +49,16 @@ class Nodes:
         self._states: list[tuple[Any, list[Any], str]] = []
         self._entered: set[int] = set()
         self._spare: set[fx.Node] = set()
-        self._autocast = _Autocast({tensor.device.type for tensor in self._tensors.values()} or {"cpu"})
-        self._gradients_stop = False
-        self._callers: fx.Node | None = None
+        self.gradients = Gradients(self)
+        self._autocast = Autocast(self, {tensor.device.type for tensor in self._tensors.values()} or {"cpu"})
 
     def add(self, op: str, target: Any, args: Any = (), kwargs: Any = None, *, spare: bool = False) -> fx.Node:
         """A node, marked with the module that runs; a spare one goes if nobody uses it."""
-        self._autocast.follow(self.graph, self._mark)
-        node = self._mark(self.graph.create_node(op, target, args, kwargs))
+        self._autocast.follow()
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta["module"] = self.scope
         if spare:
             self._spare.add(node)
-        return node
-
-    def _mark(self, node: fx.Node) -> fx.Node:
-        node.meta["module"] = self.scope
         return node
 
     def compute(self, function: Callable[..., Any], operands: tuple[Any, ...]) -> fx.Node:
@@ -70,25 +69,6 @@ class Nodes:
         """Note that the code decides on this node, which stays in the graph; ``value`` is what a number was."""
         self.decisions.append(f"{what} in '{self.scope}'" if self.scope else what)
         node.meta["decided"] = value
-
-    def gradients(self, flow: bool) -> None:
-        """The code switches gradients on or off; while a model is traced they are on from the start.
-
-        What is computed without them is detached where it is used with them. Where they are asked for although they
-        are on, the graph switches them on, and puts back what the caller had.
-        """
-        are_on = torch.is_grad_enabled()  # already off inside the forward of an autograd.Function
-        if are_on and flow:
-            if self._callers is None:
-                switch, self._callers = True, self.add("call_function", torch.is_grad_enabled)
-            else:
-                switch, self._callers = self._callers, None
-            self.add("call_function", torch._C._set_grad_enabled, (switch,)).meta["impure"] = True
-        elif flow or are_on:
-            self._gradients_stop = not flow
-
-    def _is_stopped(self) -> bool:
-        return self._gradients_stop and not torch.is_grad_enabled()
 
     # From values to nodes
 
@@ -113,6 +93,8 @@ class Nodes:
             return {key: self.argument(item) for key, item in value.items()}
         if kind is slice:
             return slice(*(self.argument(item) for item in (value.start, value.stop, value.step)))
+        if isinstance(value, (np.integer, np.floating)):
+            return value.item()
         if isinstance(value, (ValuesView, ItemsView)):
             return self.argument(list(value))
         if isinstance(value, (Iterator, torch.UntypedStorage, torch.TypedStorage)):
@@ -136,8 +118,8 @@ class Nodes:
             if isinstance(value, defaultdict):
                 state["default_factory"] = self.argument(value.default_factory)
             arguments: list[Any] = [self.constant(kind), state]
-            if isinstance(value, Mapping) and (isinstance(value, dict) or not state):
-                arguments.append({self.argument(key): self.argument(item) for key, item in value.items()})
+            if isinstance(value, dict):
+                arguments.append([self.argument(pair) for pair in value.items()])
             return self.add("call_function", rebuilt, tuple(arguments), spare=True)
         finally:
             self._entered.remove(id(value))
@@ -149,7 +131,7 @@ class Nodes:
             self.remember(tensor, node)
             return node
         _, node, is_stopped = known
-        if is_stopped and not self._is_stopped():
+        if is_stopped and not self.gradients.are_stopped():
             node = self.add("call_method", "detach", (node,), spare=True)
             node.meta["shape"] = tuple(tensor.shape)
             self._known[id(tensor)] = known[0], node, False
@@ -203,12 +185,13 @@ class Nodes:
     def remember(self, value: Any, node: fx.Node, *, unknown_only: bool = False) -> None:
         """A value and the node that made it; tensors inside containers and objects are reached step by step."""
         if isinstance(value, Tensor):
-            node.meta["shape"] = tuple(value.shape)
+            if not value.is_nested:
+                node.meta["shape"] = tuple(value.shape)
             before = self._known.get(id(value))
             was_known = before is not None and before[0]() is value
-            stopped = before[2] if before is not None and was_known else self._is_stopped()
+            stopped = before[2] if before is not None and was_known else self.gradients.are_stopped()
             self._known[id(value)] = weakref.ref(value), node, stopped and value.is_floating_point()
-            if node.op != "get_attr" and value.layout is torch.strided:
+            if node.op != "get_attr" and _memory(value):
                 self._stored[_memory(value)] = StorageWeakRef(value.untyped_storage()), node
             return
         for take, key, part in parts(value):
@@ -239,7 +222,7 @@ class Nodes:
 
     def finish(self, result: Any) -> None:
         """End the graph with what the model returned."""
-        self._autocast.follow(self.graph, self._mark)
+        self._autocast.follow()
         self.graph.output(self.argument(result))
         for value, state, scope in self._states:
             if list(map(id, leaves(value))) != list(map(id, state)):
@@ -249,17 +232,15 @@ class Nodes:
     def sweep(self, *, everything: bool) -> None:
         """Take out nodes that nobody uses: the spare ones, or all without an effect."""
         for node in reversed(self.graph.nodes):
-            if not node.users and (
-                node.op not in ("placeholder", "output") and not node.meta.get("impure")
-                if everything
-                else node in self._spare and "decided" not in node.meta
-            ):
+            is_spare = node in self._spare and "decided" not in node.meta
+            is_idle = node.op not in ("placeholder", "output") and "impure" not in node.meta
+            if not node.users and (is_spare or (everything and is_idle)):
                 self.graph.erase_node(node)
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
     """Where the values of a tensor lie; the reference to a storage sees to it that no other takes its place."""
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or tensor.is_nested:
         return ()
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
 
@@ -274,33 +255,3 @@ def generator_at(state: Tensor, device: torch.device) -> torch.Generator:
 def place(scope: str) -> str:
     """Where in the model, for messages."""
     return f"module '{scope}'" if scope else "the model's own forward"
-
-
-class _Autocast:
-    """Enters and leaves autocast in the graph where the model does."""
-
-    def __init__(self, devices: set[str]) -> None:
-        self._devices = sorted(device for device in devices if torch.amp.is_autocast_available(device))
-        self._outside = self._inside = self._state()
-        self._open: list[fx.Node] = []
-
-    def _state(self) -> tuple[Any, ...]:
-        depth = torch.autocast_increment_nesting() - 1
-        torch.autocast_decrement_nesting()
-        kinds = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in self._devices]
-        return depth, *kinds
-
-    def follow(self, graph: fx.Graph, mark: Callable[[fx.Node], fx.Node]) -> None:
-        state = self._state()
-        if state == self._inside:
-            return
-        self._inside = state
-        for node in reversed(self._open):
-            mark(graph.call_function(torch.amp._exit_autocast, (node,))).meta["impure"] = True
-        self._open = []
-        if state != self._outside:
-            cached = torch.is_autocast_cache_enabled()
-            for kind in state[1:]:
-                node = mark(graph.call_function(torch.amp._enter_autocast, (*kind, cached)))
-                node.meta["impure"] = True
-                self._open.append(node)

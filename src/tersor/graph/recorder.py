@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -25,6 +26,11 @@ DECISIONS = frozenset(
     | {"is_nonzero", "equal", "allclose", "numpy", "__array__", "__dlpack__", "tolist", "_local_scalar_dense.default"}
 )
 """Functions that turn the values of a tensor into what a graph does not see, on which code can decide."""
+
+BLANK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+
+SHAPED = ("_like", "_as", "new_")
+"""Parts of the names of functions that take no more than the shape and type of a tensor."""
 
 LONGEST_LIST = 256
 """Up to how many numbers of ``tensor.tolist()`` stay free."""
@@ -52,6 +58,7 @@ class Recorder(TorchFunctionMode):
         self.nodes = nodes
         self._draws = draws
         self._sizes: dict[tuple[Any, ...], fx.Node] = {}
+        self._blank: dict[int, weakref.ref[Tensor]] = {}
 
     def is_recording(self) -> bool:
         """Not inside a recorded call, nor under ``torch.vmap``, whose tensors are not those that operators see."""
@@ -78,7 +85,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(func, torch._ops.HigherOrderOperator):
             raise self.nodes.error(f"the higher-order operator {func} cannot be recorded")
         if func is torch._C._set_grad_enabled:
-            self.nodes.gradients(args[0])
+            self.nodes.gradients.switch(args[0])
         with self.aside():
             for generator in (value for value in kwargs.values() if isinstance(value, torch.Generator)):
                 self.nodes.generator(generator)
@@ -88,20 +95,31 @@ class Recorder(TorchFunctionMode):
 
     def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operator that the dispatcher calls: a node of its own, unless it is part of a recorded call."""
-        if self.nodes.is_open:
-            given = zip(func._schema.arguments, args, strict=False)
-            if any("SymInt" in str(kind.type) and _is_size(value) for kind, value in given):
-                self.nodes.decisions.append(f"sizes in code that is not Python's ({func})")
+        if self.nodes.is_open and isinstance(func, torch._ops.OpOverload):
+            with self.aside():
+                args = [self._freed(func, *pair, args[0]) for pair in zip(func._schema.arguments, args, strict=False)]
             return self.call(func, args, kwargs)
         result = func(*args, **kwargs)
         self.nodes.hide(result)
         return result
 
+    def _freed(self, func: Any, argument: Any, value: Any, tensor: Any) -> Any:
+        """Sizes come as numbers here; where they are the tensor's own, apart from ones, they are taken from it."""
+        sizes = value if isinstance(value, (tuple, list)) else [value]
+        if not (_takes_sizes(argument.real_type) and any(isinstance(n, int) and 1 < n < 2**62 for n in sizes)):
+            return value
+        own = [(dim, size) for dim, size in enumerate(tensor.shape) if size != 1] if sizes is value else []
+        if [size for _, size in own] != [size for size in sizes if size != 1]:
+            self.nodes.decisions.append(f"sizes in code that is not Python's ({func})")
+            return value
+        free = iter([self._measured("size", tensor, size, dim) for dim, size in own])
+        return [size if size == 1 else next(free) for size in sizes]
+
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """A leaf module is called; what happens until its end is its own business."""
         with self.aside():
-            values = (*args, *kwargs.values())
-            call = Call(values, *self.nodes.argument((args, kwargs)), self._fingerprint(args, kwargs))
+            values, nodes = (*args, *kwargs.values()), self.nodes
+            call = Call(values, nodes.argument(args), nodes.argument(kwargs), self._fingerprint(args, kwargs))
         self.nodes.is_open = False
         return call
 
@@ -141,8 +159,9 @@ class Recorder(TorchFunctionMode):
 
     def _record(self, func: Any, args: Any, kwargs: Any, result: Any, is_impure: bool) -> Any:
         nodes, name = self.nodes, getattr(func, "__name__", "")
-        if name in ("__get__", "__set__") and not isinstance(func, type(operator.add)):
-            return self._accessed(name, func.__self__.__name__, args, result)
+        if name in ("__get__", "__set__"):
+            owner = func.__self__
+            return self._accessed(name, getattr(owner, "__name__", "") or owner.fget.__name__, args, result)
         if name in SIZES and args:
             return self._measured(name, args[0], result, *args[1:], *kwargs.values())
         if name == "item" or (name == "tolist" and args[0].numel() <= LONGEST_LIST):
@@ -159,13 +178,28 @@ class Recorder(TorchFunctionMode):
         if is_impure or (method.endswith("_") and not method.endswith("__")):
             node.meta["impure"] = True
         nodes.remember(result, node)
+        self._check_blank(name.split(".")[0], _tensors(args, kwargs), result)
         return result
+
+    def _check_blank(self, name: str, arguments: Iterator[Tensor], result: Any) -> None:
+        """What reads memory that nothing was seen to write reads what a kernel has written, unseen."""
+        if name in BLANK and result.numel():
+            self._blank[id(result)] = weakref.ref(result)
+        if not self._blank or any(part in name for part in SHAPED):
+            return
+        for tensor in arguments:
+            blank = self._blank.get(id(tensor))
+            if blank is None or blank() is not tensor or tensor._version:
+                continue
+            if all(tensor.untyped_storage()._cdata != made.untyped_storage()._cdata for made in _tensors(result)):
+                raise self.nodes.error(f"'{name}' reads a tensor that is written by code which torch does not see")
 
     def _accessed(self, access: str, name: str, args: Any, result: Any) -> Any:
         """An attribute of a tensor, read or written."""
         if access == "__set__":
             node = self.nodes.add("call_function", setattr, self.nodes.argument((args[0], name, args[1])))
             node.meta["impure"] = True
+            self._sizes.clear()
         elif name == "shape":
             return self._measured("size", args[0], result)
         elif isinstance(result, Tensor):
@@ -217,6 +251,8 @@ def _tensors(*values: Any) -> Iterator[Tensor]:
             yield from _tensors(*value.values())
 
 
-def _is_size(value: Any) -> bool:
-    numbers = value if isinstance(value, (tuple, list)) else (value,)
-    return any(isinstance(number, int) and 1 < number < 2**62 for number in numbers)
+def _takes_sizes(kind: Any) -> bool:
+    """Whether an operator's argument is a size, or a list of them, rather than any other number."""
+    while hasattr(kind, "getElementType"):
+        kind = kind.getElementType()
+    return isinstance(kind, torch._C.SymIntType)

@@ -45,7 +45,8 @@ class TracedInt(Traced, int):
     """An int that knows its node: ``x.shape[0] // 2`` is recorded, so the batch size stays free.
 
     Arithmetic is recorded. A comparison or a conversion takes a decision: it is answered as the example has it, and
-    noted. Python gives no chance to notice ``range(size)``, a slice of a list or a call of numpy: these freeze it.
+    noted. Python gives no chance to notice some uses, which freeze it: ``range(size)``, the index of a list, a float
+    on its left (``1.0 / size``; ``size ** -1`` is noticed), ``math.log(size)``, numpy.
     """
 
     __hash__ = int.__hash__
@@ -103,7 +104,7 @@ def _compared(function: Callable[..., Any]) -> Callable[..., Any]:
         if not isinstance(other, (int, float)):
             return NotImplemented
         value, record = function(plain(self), plain(other)), _open_record((self, other))
-        if record is not None:
+        if record is not None and not (isinstance(other, Traced) and other.node is self.node):
             record.decide(f"a size in '{function.__name__}'", record.compute(function, (self, other)), value)
         return value
 
@@ -113,8 +114,8 @@ def _compared(function: Callable[..., Any]) -> Callable[..., Any]:
 def _converted(name: str) -> Callable[[Traced], Any]:
     def method(self: Traced) -> Any:
         if self.record.is_open:
-            self.record.decide(f"a size in '{name}'", self.node, plain(self))
-        return getattr(plain(self), f"__{name}__")()
+            self.record.decide(f"a size in '{name.strip('_')}'", self.node, plain(self))
+        return getattr(plain(self), name)()
 
     return method
 
@@ -139,8 +140,8 @@ def _define(kind: type[Traced]) -> None:
         setattr(kind, f"__{name}__", _recorded(function))
     for name in ("eq", "ne", "lt", "le", "gt", "ge"):
         setattr(kind, f"__{name}__", _compared(getattr(operator, name)))
-    for name in ("bool", "int", "float"):
-        setattr(kind, f"__{name}__", _converted(name))
+    for name in ("__bool__", "__int__", "__float__", "bit_length" if issubclass(kind, int) else "is_integer"):
+        setattr(kind, name, _converted(name))
     setattr(kind, "__divmod__", _divmod)  # noqa: B010
 
 

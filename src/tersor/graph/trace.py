@@ -40,17 +40,21 @@ def concrete_trace(
     is, so that it shows through every view of ``x``, as it does in the model.
 
     What the code decides on (a comparison of sizes, a tensor as a condition, ``int()`` of a size) is frozen as the
-    example has it, in eval mode, and listed in ``meta["decisions"]``; the nodes decided on stay in the graph, with
-    ``meta["decided"]``. Inputs other than tensors are frozen without notice, and so are a loop over ``range(size)`` and
-    the number of tensors in a loop over a tensor, which Python shows to nobody. Gradients do not flow through what
-    ``torch.no_grad`` computed; a custom ``autograd.Function`` becomes the operators of its forward.
+    example has it, in eval mode, and listed in ``meta["decisions"]``. The node decided on stays in the graph, with
+    ``meta["decided"]``: the number or the answer that the code saw, or None for a tensor. So a graph whose sizes were
+    changed is still the model's where these nodes have the same values.
+
+    Frozen without notice, since Python shows it to nobody: inputs other than tensors, a loop over ``range(size)`` or
+    over the rows of a tensor, and what :class:`~tersor.graph.sizes.TracedInt` lists.
 
     Outputs come in the containers that the model returns. Objects that hold state, such as a key-value cache, are made
-    again with the tensors of the run; one that is an input is read, and not written to. Scripted functions and
-    ``torch.vmap`` are recorded as the ATen operators that they call, functions under ``torch.compile`` as they are.
+    again with the tensors of the run; one that is an input is read, and not written to. Scripted functions, C++ and
+    ``torch.vmap`` are recorded as the ATen operators that they call, functions under ``torch.compile`` as they are
+    written. Autocast is entered and left as in the model. Gradients do not flow through what ``torch.no_grad``
+    computed; a custom ``autograd.Function`` becomes the operators of its forward.
 
-    Every node carries ``meta["module"]``, the name of the innermost module whose forward recorded it; a node that makes
-    a tensor carries ``meta["shape"]``, one that writes into a tensor or draws random numbers ``meta["impure"]``.
+    Every node carries ``meta["module"]``, the name of the innermost module whose forward recorded it ("" for the
+    model); one that makes a tensor carries ``meta["shape"]``, one that writes into a tensor ``meta["impure"]``.
 
     Args:
         model: any module; it is left as it was.
@@ -72,7 +76,7 @@ def concrete_trace(
     args, kwargs = as_call(_own(example_inputs))
     for name, value in _named_arguments(model, args, kwargs):
         nodes.remember(value, nodes.add("placeholder", name))
-    for value in leaves((args, kwargs, [vars(module) for module in model.modules()])):
+    for value in (*leaves((args, kwargs)), *(value for module in model.modules() for value in vars(module).values())):
         if isinstance(value, torch.Generator):
             nodes.constant(value)  # one that outlives the call goes on from its own state
     try:
@@ -166,7 +170,7 @@ class _Modules:
             nodes.scopes.append(name)
 
     def _is_leaf(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        """Not where other tensors take the place of its own, nor where a torch.nn module is given a cache to fill."""
+        """Not where other tensors take the place of its own, nor where a module of torch.nn is given an object."""
         is_leaf = isinstance(module, self._leaf_types) or (isinstance(module, LEAVES) and is_plain((args, kwargs)))
         return is_leaf and self._recorder.nodes.owns(module)
 
@@ -197,7 +201,7 @@ def _failed(model: nn.Module, example_inputs: Any, error: Exception, where: str)
 def _graph_module(model: nn.Module, nodes: Nodes) -> fx.GraphModule:
     """The graph with the model's own modules and tensors; the rest of its tree is plain modules of the same names."""
     modules, tensors = dict(model.named_modules()), named_tensors(model)
-    unsaved = {name: set(module._non_persistent_buffers_set) for name, module in modules.items()}
+    unsaved = {module: set(module._non_persistent_buffers_set) for module in model.modules()}
     root = {
         node.target: nodes.constants.get(node.target, modules.get(node.target, tensors.get(node.target)))
         for node in nodes.graph.nodes
@@ -205,8 +209,8 @@ def _graph_module(model: nn.Module, nodes: Nodes) -> fx.GraphModule:
     }
     traced = fx.GraphModule(root, nodes.graph, type(model).__name__)
     for name, module in traced.named_modules():
-        if module is not modules.get(name):
-            module.training = modules[name].training if name in modules else model.training
-        module._non_persistent_buffers_set = unsaved.get(name, set()) & module._buffers.keys()
+        origin = module if module in unsaved else modules.get(name, model)
+        module.training = origin.training
+        module._non_persistent_buffers_set = unsaved[origin] & module._buffers.keys()
     traced.meta["decisions"] = tuple(dict.fromkeys(nodes.decisions))
     return traced

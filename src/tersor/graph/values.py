@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -65,14 +65,14 @@ def leaves(value: Any, _seen: set[int] | None = None) -> Iterator[Any]:
         yield value
 
 
-def rebuilt(kind: type, state: Mapping[str, Any], items: Mapping[Any, Any] | None = None) -> Any:
+def rebuilt(kind: Any, state: Mapping[str, Any], items: Iterable[tuple[Any, Any]] = ()) -> Any:
     """An instance with these attributes and, for a dict, these items, made as ``copy.copy`` would: without __init__.
 
     >>> rebuilt(type("Cache", (), {}), {"length": 3}).length
     3
     """
     made = kind.__new__(kind)
-    for key, item in (items or {}).items():
+    for key, item in items:
         made[key] = item
     for name, value in state.items():
         object.__setattr__(made, name, value)
