@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,52 +16,12 @@ from tersor.graph import export
 from tersor.graph.follow import follow
 from tersor.graph.inputs import named_tensors
 from tersor.graph.labels import Axis
+from tersor.graph.members import CouplingGroup, Member
 from tersor.graph.movement import support
 from tersor.graph.rules import Fields, Labels, Rule, customized_rules
 
 Masks = Mapping[str, Mapping[str, Tensor]]
 """``{module name: {target name: bool tensor}}``, 1 keeps."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One dimension of one tensor inside a coupling group.
-
-    Attributes:
-        name: the tensor's qualified name.
-        dim: the dimension.
-        offset: the first index that belongs to the group.
-        count: how many indices belong to it.
-        role: ``written`` by a contraction, ``read`` by one, or ``carried`` (norms, biases, factors).
-    """
-
-    name: str
-    dim: int
-    offset: int
-    count: int
-    role: str
-
-    def __str__(self) -> str:
-        return f"{self.name} dim {self.dim} [{self.offset}:{self.offset + self.count}] {self.role}"
-
-
-@dataclass(frozen=True)
-class CouplingGroup:
-    """Indices that are interchangeable: each choice of what leaves cuts every member in the same way.
-
-    Attributes:
-        size: number of choices (channels, blocks of channels) in the group.
-        members: the dimensions that are cut.
-        frozen: why nothing may leave; None where it may.
-    """
-
-    size: int
-    members: tuple[Member, ...]
-    frozen: str | None
-
-    def __str__(self) -> str:
-        state = f"frozen, it {self.frozen}" if self.frozen else "free"
-        return "\n".join([f"{self.size} choices, {state}", *(f"  {member}" for member in self.members)])
 
 
 class Coupling:

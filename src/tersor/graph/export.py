@@ -6,12 +6,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise, product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from tersor.graph.members import CouplingGroup, Member
 from tersor.storage import replacing_file
-
-if TYPE_CHECKING:
-    from tersor.graph.coupling import CouplingGroup, Member
 
 FROZEN_LINES = 8
 """Lines of a frozen box; what is behind them is only counted, since nothing of it will ever leave."""
@@ -23,7 +21,7 @@ HEAD = (
 )
 
 
-_Numbered = tuple[int, "CouplingGroup"]
+_Numbered = tuple[int, CouplingGroup]
 
 
 class _Box(NamedTuple):
