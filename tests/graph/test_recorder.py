@@ -108,6 +108,13 @@ def test_numbers_of_a_tensor_stay_free():
     assert traces(forward).meta["decisions"] == ()
 
 
+def test_all_rows_of_a_tensor_stay_all_rows():
+    traced = traces(lambda x, fc: torch.stack(list(fc(x))) + torch.cat(x.split(1)))
+    assert traced.meta["decisions"] == ("a tensor's __len__",)
+    first = concrete_trace(Function(lambda x, fc: torch.stack(list(x)[:1])), torch.randn(2, 4))
+    assert first(torch.randn(3, 4)).shape == (1, 4)
+
+
 def scripted(x: Tensor, y: Tensor) -> Tensor:
     return (torch.sigmoid(x) * y).add_(1)
 

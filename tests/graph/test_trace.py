@@ -232,6 +232,21 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+class Remembers(nn.Module):
+    """Keeps sizes."""
+
+    def forward(self, x):
+        self.shape, self.sizes, self.batch = x.shape, [x.shape[1:], 3], x.shape[0]
+        return x.view(self.batch, -1)
+
+
+def test_sizes_that_the_model_keeps_are_ordinary():
+    model = Remembers()
+    assert concrete_trace(model, torch.ones(2, 3, 4))(torch.ones(5, 3, 4)).shape == (5, 12)
+    assert (type(model.shape), type(model.sizes[0]), type(model.batch)) == (torch.Size, torch.Size, int)
+    assert (model.shape, model.sizes) == ((2, 3, 4), [(3, 4), 3])
+
+
 class Wasteful(nn.Module):
     """A dead branch, a dead draw that moves the random state, and a dead read of what is written to."""
 

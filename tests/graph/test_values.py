@@ -37,6 +37,9 @@ def test_attributes_of_all_kinds_of_objects():
 def test_leaves_are_found_however_deep_and_cycles_end():
     assert list(leaves({"a": [1, (2,)], "b": Slotted(3, [4])})) == [1, 2, 3, 4]
     assert list(leaves(Node())) == [3]
+    number = type("Number", (int,), {})(4)
+    number.node = Node()
+    assert list(leaves([number])) == [4]
 
 
 def test_plain_values_hold_no_state():

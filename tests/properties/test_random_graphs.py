@@ -191,6 +191,9 @@ FOUND = {
     "heads as a literal, and attention so even that the wrong heads hardly show": (
         Program("tokens", (Step("tokens.experts"), Step("tokens.attention", numbers=(7, 0, 0, 7))), 1), 0.5, 13, {}
     ),
+    "as many heads as channels in each, and a step that hides which of the two was made smaller": (
+        Program("tokens", (Step("tokens.attention", numbers=(0, 5, 11, 0, 2)), Step("where")), 1, 1), 0.5, 77, {}
+    ),
     "rotations": (Program("vector", (Step("tokens.attention", numbers=(0, 0, 0, 0, 0, 0, 3)),)), 0.5, 9, {}),
     "copies one behind the other": (Program("image", (Step("image.interleaved"),)), 0.5, 0, {}),
     "queries that share a key": (

@@ -34,6 +34,8 @@ def _read(call: Call, names: tuple[str, str], operands: tuple[Labels, Labels], d
             call.ledger.mark_read(vector)
         if not is_exact:
             call.ledger.bend(vector, "is summed over, and is not zero where it is masked")
+        elif not any(weights):
+            call.ledger.mark_silenced(vector)
 
 
 def _write(call: Call, name: str, vector: Tensor | None) -> None:
@@ -137,6 +139,7 @@ def embedding(call: Call) -> Labels:
     """``y[..., :] = w[index, :]``: the vocabulary stays, the width is written."""
     w = call.labels("weight")
     freeze_rest(call, w, (1,), "is a row of an embedding table")
+    call.freeze(call.labels("indices"), "decides which row of a table is looked up")
     _write(call, "weight", w.get(1))
     return {call.result.dim() - 1: w[1]} if 1 in w else {}
 
@@ -180,6 +183,7 @@ def embedding_bag(call: Call) -> list[Labels]:
     """Sums or means of rows of a table: as ``embedding``, for the first of its results."""
     w = call.labels("weight")
     freeze_rest(call, w, (1,), "is a row of an embedding table")
+    call.freeze(call.labels("indices"), "decides which row of a table is looked up")
     _write(call, "weight", w.get(1))
     return [{1: w[1]} if 1 in w else {}] + [{} for _ in call.result[1:]]
 

@@ -33,10 +33,12 @@ class Coupling:
         allow_inexact: whether classes may leave over which a statistic runs (layer norm).
         classes: the class of each label, shape ``(labels,)``.
         reasons: why a class is frozen.
+        silenced: classes that leave without harm only because they are zero where they are masked.
         coded: classes whose size the code may hold as a number, so that only a run shows whether they can leave.
         inexact: why removing a class changes the numbers of what stays.
         written: labels that a contraction computes.
         read: labels that a contraction sums over.
+        run_inputs: the part of the example inputs that the model was run on.
         unknown: operators without a rule that touched labels.
         unused: tensors that no operator touched: parts of the model that this run did not reach keep their sizes.
         nodes: labels of each node's result, where the model is a GraphModule and they were asked for.
@@ -58,11 +60,12 @@ class Coupling:
         self.axes: tuple[Axis, ...] = tuple(propagation.ledger.axes)
         found = propagation.ledger.solve(propagation.live)
         self.classes, self.written, self.read = found.of, found.written, found.read
-        self.coded = found.coded
+        self.coded, self.silenced = found.coded, found.silenced
         self.inexact: Mapping[int, str] = found.bent
         self.reasons: Mapping[int, str] = found.reasons if allow_inexact else {**found.bent, **found.reasons}
         self.nodes: Mapping[str, Labels] = {name: self.settled(labels) for name, labels in propagation.outputs}
         self.unknown: Mapping[str, int] = propagation.unknown
+        self._steps, self.run_inputs = propagation.steps, propagation.inputs
         self.unused: tuple[str, ...] = propagation.unused
         self._by_name: dict[str, list[Axis]] = {}
         for axis in self.axes:
@@ -80,6 +83,19 @@ class Coupling:
             if found is not None and isinstance(found[0], int):
                 labels[dims[found[0]]] = found[1]
         return labels
+
+    def shapes_without(self, removed: np.ndarray) -> list[tuple[str, list[tuple[int, ...]]]] | None:
+        """What shapes the operators of a run give when some classes have left; None where that is not known."""
+        if self._steps is None:
+            return None
+        stays = ~removed[self.classes]
+        shapes: list[tuple[str, list[tuple[int, ...]]]] = []
+        for name, results in self._steps:
+            shapes.append((name, []))
+            for shape, fields in results:
+                left = {dim: int(stays[vector.numpy()].sum()) for dim, vector in self.settled(fields).items()}
+                shapes[-1][1].append(tuple(left.get(dim, size) for dim, size in enumerate(shape)))
+        return shapes
 
     @cached_property
     def frozen(self) -> np.ndarray:

@@ -31,7 +31,17 @@ from tersor.graph.inputs import (
     tensors_of,
 )
 from tersor.graph.labels import Ledger
-from tersor.graph.rules import MOVEMENT, Call, Fields, Rule, base_name, find_module_rule, find_rule, preserves_values
+from tersor.graph.rules import (
+    COPIES,
+    MOVEMENT,
+    Call,
+    Fields,
+    Rule,
+    base_name,
+    find_module_rule,
+    find_rule,
+    preserves_values,
+)
 from tersor.graph.zeros import stays_zero
 
 RULE_MODULES = (constants, contractions, indexing, movement, recurrent, reductions)
@@ -39,6 +49,15 @@ RULE_MODULES = (constants, contractions, indexing, movement, recurrent, reductio
 
 ENOUGH = 2
 """Samples of a batch that a run needs; one would hide what broadcasts along the batch."""
+
+ONE_HEAD = (
+    ("in_proj_weight", 0),
+    ("q_proj_weight", 0),
+    ("k_proj_weight", 0),
+    ("v_proj_weight", 0),
+    ("out_proj.weight", 1),
+)
+"""Tensors of torch's attention and the dimension along which they hold heads; its code knows heads only as a whole."""
 
 Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
@@ -52,6 +71,9 @@ class Propagation:
         live: for each tick of the ledger's clock, whether that operator's result reaches an output of the model.
         unknown: operators without a rule that touched labels, with the number of calls.
         unused: parameters that no operator touched in this run.
+        steps: operators that compute, in order, with the shape and labels of each of their results; None where a module
+            was followed as one step.
+        inputs: what the model was run on.
         outputs: where asked for: for each tensor that a module call returned, in order, the module's name and the
             labels of the tensor, which say what remains of it when labels leave.
     """
@@ -60,7 +82,14 @@ class Propagation:
     live: np.ndarray
     unknown: Mapping[str, int]
     unused: tuple[str, ...]
+    steps: list[Step] | None
+    inputs: Any
     outputs: tuple[tuple[str, Fields], ...]
+
+
+Step = tuple[str, list[tuple[tuple[int, ...], Fields]]]
+UNSTEADY = frozenset({*MOVEMENT, *COPIES, *constants.MAKING, *constants.ALIKE, "copy"})
+"""Operators that may or may not run, as the memory layout has it."""
 
 
 class _Fact(NamedTuple):
@@ -96,6 +125,7 @@ class _Follower(TorchDispatchMode):
         self._views: dict[int, set[Key]] = {}
         self._storages: dict[int, Any] = {}
         self.used: set[int] = set()
+        self.steps: list[Step] = []
         self.inside = 0  # how many modules that are followed as one step are running
         self._writer: dict[int, int] = {}
         self._sources: list[tuple[int, ...]] = [()]
@@ -141,6 +171,9 @@ class _Follower(TorchDispatchMode):
         writes = func._schema.is_mutable and operands and not preserves_values(func)
         if writes:
             self._forget_values(operands[0])
+        if base_name(func) not in UNSTEADY:
+            sized = zip(outputs, each, strict=True)
+            self.steps.append((base_name(func), [(tuple(tensor.shape), own) for tensor, own in sized]))
         is_weight = preserves_values(func) and all(fact.is_weight for fact in facts.values())
         for tensor, own in zip(outputs, each, strict=True):
             self.learn(tensor, own, is_weight=is_weight, is_zero=bool(own) and stays_zero(call, own))
@@ -216,6 +249,34 @@ class _Follower(TorchDispatchMode):
             module.register_forward_pre_hook(enter, with_kwargs=True),
             module.register_forward_hook(leave),
         ]
+
+
+class _ShapeRecorder(TorchDispatchMode):
+    """Notes the operators that compute, and the shapes of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[str, list[tuple[int, ...]]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if base_name(func) not in UNSTEADY:
+            self.steps.append((base_name(func), [tuple(tensor.shape) for tensor in _operands((result,))]))
+        return result
+
+
+def shapes_in(model: nn.Module, inputs: Any) -> list[tuple[str, list[tuple[int, ...]]]]:
+    """The operators that compute in one run of a model, in order, with the shapes of their results.
+
+    Raises:
+        TraceError: the model does not run on the inputs.
+    """
+    recorder = _ShapeRecorder()
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH), recorder:
+        run(model, copied(inputs))
+    return recorder.steps
 
 
 class _Nodes(nn.Module):
@@ -323,9 +384,9 @@ def _follow(model: nn.Module, example_inputs: Any, *, record_outputs: bool, reco
                 outputs.extend((name, dict(follower.fact(tensor).labels)) for tensor in tensors_of(output))
 
             stack.callback(register_module_forward_hook(record).remove)
-        for module in model.modules():
-            custom = find_module_rule(module)
-            for handle in follower.step_through(module, custom) if custom else []:
+        customized = {module: rule for module in model.modules() if (rule := find_module_rule(module)) is not None}
+        for module, rule in customized.items():
+            for handle in follower.step_through(module, rule):
                 stack.callback(handle.remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # its steps are operators that have rules
@@ -334,5 +395,12 @@ def _follow(model: nn.Module, example_inputs: Any, *, record_outputs: bool, reco
     for tensor in results:
         for vector in follower.fact(tensor).labels.values():
             ledger.freeze(vector, "is the model's own output")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and module.num_heads == 1:
+            for axis in ledger.axes:
+                if (axis.name.removeprefix(f"{name}." if name else ""), axis.dim) in ONE_HEAD:
+                    ledger.freeze(axis.labels, "stands within the only head of a MultiheadAttention")
     unused = tuple(names[0] for key, (_, names) in owners.items() if key[0] not in follower.used)
-    return Propagation(ledger, follower.live(results), dict(follower.unknown), unused, tuple(outputs))
+    steps = None if customized else follower.steps
+    live = follower.live(results)
+    return Propagation(ledger, live, dict(follower.unknown), unused, steps, example_inputs, tuple(outputs))

@@ -64,6 +64,7 @@ class Classes:
         bent: why removing a class changes the numbers of what stays; such a class leaves only where that is allowed.
         written: labels that a contraction computes, boolean, shape ``(labels,)``.
         read: labels that a contraction sums over, boolean, shape ``(labels,)``.
+        silenced: classes that leave without harm only because they are zero where they are masked, boolean.
         coded: classes whose size the code may hold as a number that only a run of the small model brings to light,
             boolean, shape ``(labels,)``.
     """
@@ -74,6 +75,7 @@ class Classes:
     written: np.ndarray
     read: np.ndarray
     coded: np.ndarray
+    silenced: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Ledger:
     _written: list[Tensor] = field(default_factory=list)
     _read: list[Tensor] = field(default_factory=list)
     _coded: list[Tensor] = field(default_factory=list)
+    _silenced: list[Tensor] = field(default_factory=list)
 
     def add_axis(self, names: tuple[str, ...], tensor: Tensor, dim: int) -> Tensor:
         """Make labels for one dimension of a named tensor and return them, shape ``(size,)``."""
@@ -189,6 +192,10 @@ class Ledger:
         """How many of these indices there are may stand in the model's code as a number."""
         self._coded.append(vector.reshape(-1))
 
+    def mark_silenced(self, vector: Tensor) -> None:
+        """These indices leave a sum only because they are zero where they are masked."""
+        self._silenced.append(vector.reshape(-1))
+
     def mark_written(self, vector: Tensor) -> None:
         """A contraction computes these indices of its output from this parameter's rows."""
         self._written.append(vector)
@@ -211,8 +218,7 @@ class Ledger:
         frozen += self._met_unknown(a, b, known)
         frozen += self._covering(classes)
         bent = [(vector, reason) for vector, reason, clock in self._bent if live is None or live[clock]]
-        coded = np.zeros(self.count, dtype=bool)
-        coded[classes[self._flags(self._coded)]] = True
+        coded = self._flags_of_classes(classes, [*self._coded, *(labels.reshape(-1) for labels in self._fields)])
         return Classes(
             classes,
             _first_reasons(classes, frozen),
@@ -220,6 +226,7 @@ class Ledger:
             self._flags(self._written),
             self._flags(self._read),
             coded,
+            self._flags_of_classes(classes, self._silenced),
         )
 
     def _as_products(self, classes: np.ndarray) -> np.ndarray:
@@ -280,6 +287,11 @@ class Ledger:
             inside = slice(int(ends[number]) - len(self._joins[number][0]), int(ends[number]))
             labels = np.maximum(a[inside], b[inside])[~known[inside]]
             yield torch.from_numpy(labels[labels != UNKNOWN]), self._joins[number][2]
+
+    def _flags_of_classes(self, classes: np.ndarray, vectors: list[Tensor]) -> np.ndarray:
+        flags = np.zeros(self.count, dtype=bool)
+        flags[classes[self._flags(vectors)]] = True
+        return flags
 
     def _flags(self, vectors: list[Tensor]) -> np.ndarray:
         flags = np.zeros(self.count, dtype=bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, ItemsView, Iterator, Set, ValuesView
@@ -103,6 +104,15 @@ class Nodes:
             return self._rebuilt(value)
         return self.constant(value)
 
+    def whole(self, value: Any) -> Any:
+        """As :meth:`argument`; tensors that are all that one node returned are that node, however many there are."""
+        known = [self._known[id(part)] if isinstance(part, Tensor) and self.knows(part) else None for part in value]
+        taken = [entry[1].args for entry in known if entry and entry[1].target is operator.getitem and not entry[2]]
+        source = taken[0][0] if taken and len(taken) == len(known) else None
+        if isinstance(source, fx.Node) and taken == [(source, index) for index in range(source.meta.get("length", 0))]:
+            return source
+        return self.argument(value)
+
     def _rebuilt(self, value: Any) -> fx.Node:
         """The node that makes an object like this one from the nodes of its parts."""
         kind = type(value)
@@ -194,6 +204,8 @@ class Nodes:
             if node.op != "get_attr" and _memory(value):
                 self._stored[_memory(value)] = StorageWeakRef(value.untyped_storage()), node
             return
+        if isinstance(value, (tuple, list)):
+            node.meta["length"] = len(value)
         for take, key, part in parts(value):
             if any(isinstance(leaf, Tensor) and not (unknown_only and self.knows(leaf)) for leaf in leaves(part)):
                 taken = self.add("call_function", take, (node, self.argument(key)))

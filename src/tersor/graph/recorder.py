@@ -173,7 +173,8 @@ class Recorder(TorchFunctionMode):
         if name == "__deepcopy__":
             func, args = Tensor.clone, args[:1]
         method = METHODS.get(func, "")
-        arguments, keywords = nodes.argument(tuple(args)), nodes.argument(kwargs)
+        arguments = tuple(nodes.whole(arg) if type(arg) in (list, tuple) else nodes.argument(arg) for arg in args)
+        keywords = nodes.argument(kwargs)
         node = nodes.add("call_method" if method else "call_function", method or func, arguments, keywords)
         if is_impure or (method.endswith("_") and not method.endswith("__")):
             node.meta["impure"] = True

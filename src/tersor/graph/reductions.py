@@ -96,7 +96,9 @@ def reduction(call: Call) -> Any:
     labels: Labels = {}
     for dim, vector in call.labels("self", whole=reduced).items():
         if dim in reduced:
-            if not is_exact:
+            if is_exact:
+                call.ledger.mark_silenced(vector)
+            else:
                 call.ledger.bend(vector, f"'{call.name}' reduces over it")
         elif call.arguments.get("keepdim"):
             labels[dim] = vector

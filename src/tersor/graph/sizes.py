@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import fx
 
 
@@ -162,3 +163,12 @@ class Shape(tuple[int, ...]):
 
     def __add__(self, other: Any) -> Any:
         return Shape(tuple.__add__(self, tuple(other)))
+
+
+def settled(value: Any) -> Any:
+    """A value that the code keeps, with ordinary numbers in place of traced ones, in tuples and lists too."""
+    if isinstance(value, Shape):
+        return torch.Size(map(plain, value))
+    if type(value) in (tuple, list):
+        return type(value)(map(settled, value))
+    return plain(value)

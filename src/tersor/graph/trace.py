@@ -16,6 +16,7 @@ from tersor.errors import TraceError
 from tersor.graph.inputs import as_call, copied, evaluating, named_tensors, refuse_lazy, run, tensors_of
 from tersor.graph.nodes import Nodes, place
 from tersor.graph.recorder import Below, Call, Recorder
+from tersor.graph.sizes import Traced, settled
 from tersor.graph.values import is_plain, leaves
 
 OPEN = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -95,6 +96,7 @@ def concrete_trace(
         raise _failed(model, example_inputs, error, modules.failed_in(error)) from error
     finally:
         nodes.is_open = False
+        _settle(model)
     nodes.sweep(everything=eliminate_dead_code)
     return _graph_module(model, nodes)
 
@@ -128,6 +130,14 @@ def _gradients_watched(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asking:
             parameter.requires_grad = True
+
+
+def _settle(model: nn.Module) -> None:
+    """Sizes that ``forward`` has kept in attributes become ordinary ones."""
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, (Traced, tuple, list)) and any(isinstance(leaf, Traced) for leaf in leaves(value)):
+                vars(module)[name] = settled(value)
 
 
 def _compiled_functions_run_as_they_are() -> Any:

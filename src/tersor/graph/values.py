@@ -50,7 +50,7 @@ def parts(value: Any) -> Iterator[tuple[Callable[[Any, Any], Any], Any, Any]]:
 
 def leaves(value: Any, _seen: set[int] | None = None) -> Iterator[Any]:
     """Everything without parts of its own, however deep; what holds itself is entered once."""
-    if isinstance(value, Tensor) or type(value) in LITERALS:
+    if isinstance(value, (Tensor, int, float)) or type(value) in LITERALS:
         yield value
         return
     seen = set[int]() if _seen is None else _seen

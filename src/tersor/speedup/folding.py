@@ -115,6 +115,12 @@ def find_constants(
     tensors = named_tensors(model)
     masked = np.zeros_like(removed) if never is None else never & removed
     not_folded: list[NotFolded] = []
+    for axis in coupling.axes:
+        count = int((masked[coupling.classes[axis.span]] & coupling.written[axis.span]).sum())
+        if count:
+            not_folded.append(
+                NotFolded(f"{axis.name} dim {axis.dim}", count, "something else than a layer sums over it")
+            )
     while True:  # each turn masks more, or is the last
         snapshot = Snapshot(model)
         try:

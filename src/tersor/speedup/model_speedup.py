@@ -192,7 +192,7 @@ class ModelSpeedup:
             small = trial.run()
             if small is not None:
                 return self._report(coupling, removed, small, refused, constants)
-            where = trial.divergence()
+            where = trial.refused_by or trial.divergence()
             given_back = self._concerned(coupling, removed, trial.concerned or {where.partition(" ")[0]})
             if retries == RETRIES or not (removed & ~given_back).any():
                 raise divergence_error(where, str(trial.cause or ""))  # to do nothing at all is an error
@@ -214,7 +214,8 @@ class ModelSpeedup:
     def _constants(self, coupling: Coupling, removed: np.ndarray) -> Constants | None:
         if self.constants == "mask":
             return None
-        return find_constants(self.model, coupling, self.masks, removed, batch_dim=self.options.batch_dim)
+        never, batch_dim = coupling.silenced, self.options.batch_dim
+        return find_constants(self.model, coupling, self.masks, removed, never=never, batch_dim=batch_dim)
 
     def _report(
         self,

@@ -171,8 +171,8 @@ def _replace(
     kind, inner = type(module), set(module.modules())
     try:
         new = replacer(module, cut)
-    except TersorError:
-        raise
+    except TersorError as error:
+        raise SpeedupError(error.what, where=name or "the model", legal=error.legal, remedy=error.remedy) from error
     except Exception as error:
         raise SpeedupError(
             f"the replacer of {kind.__name__} failed: {type(error).__name__}: {error}", where=name or "the model"

@@ -189,8 +189,12 @@ def sizes_from_inputs(model: nn.Module) -> Iterator[None]:
     >>> norm.num_groups, norm.num_channels
     (2, 8)
     """
+    decided: set[nn.Module] = set()
 
     def follow(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if module in decided:
+            return  # called again, perhaps on another width: its first call tells whether it became narrower
+        decided.add(module)
         rule = next(INPUT_RULES[base] for base in type(module).__mro__ if base in INPUT_RULES)
         for name, value in rule(module, args[0]).items():
             setattr(module, name, value)

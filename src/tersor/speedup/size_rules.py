@@ -102,6 +102,19 @@ def _set_each(run: SmallGraph, node: fx.Node, paths: list[Path], expected: tuple
             infer = infer and argument_at(node, path) != -1
 
 
+@_rule("repeat_interleave")
+def repeated(run: SmallGraph, node: fx.Node) -> None:
+    """As often as the result is longer than what is repeated."""
+    path, expected = argument_path(node, 1, "repeats"), run.expected(node)
+    dims = argument_path(node, 2, "dim")
+    dim = argument_at(node, dims) if dims is not None else None
+    if path is None or expected is None or not isinstance(dim, int) or not isinstance(argument_at(node, path), int):
+        return
+    size = run.value(node.args[0]).shape[dim]
+    if size and expected[dim] % size == 0:
+        run.set(node, path, expected[dim] // size)
+
+
 @_rule("repeat", "tile")
 def repetitions(run: SmallGraph, node: fx.Node) -> None:
     """The result has a multiple of the operand's sizes, aligned at the last dimension."""
