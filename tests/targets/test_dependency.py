@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import yaml
+from torch import nn
 
 import tersor
 from tersor.errors import ConfigError, TraceError
@@ -67,6 +68,59 @@ def test_tokens_that_are_added_share_a_group():
     given = [{"op_types": ["Linear", "Embedding"], "sparse_ratio": 0.5}]
     config_list = tersor.auto_set_dependency_group_ids(Tokens(), given, torch.randint(0, 11, (2, 4)))
     assert grouped(config_list, given) == {(frozenset({"embed", "fc2"}), True, "default")}
+
+
+class Attention(nn.Module):
+    """Four heads of three queries' features; each head of keys and values is read by two."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(6, 12), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(12, 6)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, 3)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_projections_of_grouped_heads_share_a_group_and_differ_in_their_runs():
+    given = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]
+    config_list = tersor.auto_set_dependency_group_ids(Attention(), given, torch.randn(2, 5, 6))
+    assert grouped(config_list, given) == {
+        (frozenset({"q"}), True, "[[6], 'back', -1]"),
+        (frozenset({"k", "v"}), True, "[[3], 'back', -1]"),
+    }
+    assert {entry["dependency_group_id"] for entry in config_list[1:]} == {"dependency_0"}
+
+
+class Mixed(nn.Module):
+    """``both`` is added to what ``a`` and ``b`` make, in another order; ``alone`` shares nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.alone = nn.Conv2d(3, 4, 1)
+        self.a, self.b, self.both = nn.Conv2d(4, 2, 1), nn.Conv2d(4, 3, 1), nn.Conv2d(4, 5, 1)
+        self.fc = nn.Linear(5, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.alone(x))
+        return self.fc(torch.relu(torch.cat([self.b(x), self.a(x)], 1) + self.both(x).flip(1)).mean((2, 3)))
+
+
+def test_layers_that_share_a_part_are_decided_together():
+    config_list = tersor.auto_set_dependency_group_ids(Mixed(), CONV, X)
+    assert grouped(config_list, CONV) == {(frozenset({"a", "b", "both"}), True, "default")}
+    model = randomize(Mixed())
+    norms = {name: getattr(model, name).weight.detach().abs().sum((1, 2, 3)) for name in ("a", "b", "both")}
+    joined = torch.cat([norms["b"], norms["a"]]) + norms["both"].flip(0)
+    pruner = tersor.pruning.L1NormPruner(model, config_list, example_inputs=X)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    kept = {name: masks[name]["weight"].any((1, 2, 3)) for name in norms}
+    assert torch.equal(torch.cat([kept["b"], kept["a"]]), kept["both"].flip(0))
+    assert int(joined[:3].argmin()) == int((~kept["b"]).nonzero())
+    assert int(joined[3:].argmin()) == int((~kept["a"]).nonzero())
+    assert int((~kept["both"]).sum()) == 2
 
 
 def test_settings_are_kept_and_different_ones_stand_apart():

@@ -109,7 +109,15 @@ class _Fact(NamedTuple):
 NOTHING = _Fact({}, False, False)
 
 
-class _Follower(TorchDispatchMode):
+class _Mode(TorchDispatchMode):
+    """A mode that torch's compiler, which is slow to import, has no part in."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _Follower(_Mode):
     """Sees every ATen call with real tensors and keeps the labels of each tensor.
 
     A tensor is known by where its values lie (storage, offset, shape, strides), not by its Python object: autograd
@@ -239,8 +247,9 @@ class _Follower(TorchDispatchMode):
             arguments = given.pop()
             if self.inside:
                 return
-            labels = rule(Call(type(module), arguments, output, self.ledger, self.fact))
             outputs = tensors_of(output)
+            self._tick({_key(tensor)[0] for tensor in tensors_of(arguments)}, outputs)
+            labels = rule(Call(type(module), arguments, output, self.ledger, self.fact))
             each = labels if isinstance(labels, list) else [labels] * len(outputs)
             for tensor, fields in zip(outputs, each, strict=True):
                 self.learn(tensor, fields)
@@ -251,7 +260,7 @@ class _Follower(TorchDispatchMode):
         ]
 
 
-class _ShapeRecorder(TorchDispatchMode):
+class _ShapeRecorder(_Mode):
     """Notes the operators that compute, and the shapes of their results."""
 
     def __init__(self) -> None:

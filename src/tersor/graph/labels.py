@@ -128,7 +128,7 @@ class Ledger:
     _bent: list[tuple[Tensor, str, int]] = field(default_factory=list)
     _fields: list[Tensor] = field(default_factory=list)
     _grouped: list[GroupedProduct] = field(default_factory=list)
-    _written: list[Tensor] = field(default_factory=list)
+    _written: list[tuple[Tensor, int]] = field(default_factory=list)
     _read: list[Tensor] = field(default_factory=list)
     _coded: list[Tensor] = field(default_factory=list)
     _silenced: list[Tensor] = field(default_factory=list)
@@ -198,7 +198,7 @@ class Ledger:
 
     def mark_written(self, vector: Tensor) -> None:
         """A contraction computes these indices of its output from this parameter's rows."""
-        self._written.append(vector)
+        self._written.append((vector, self.clock))
 
     def mark_read(self, vector: Tensor) -> None:
         """A contraction sums over these indices."""
@@ -217,13 +217,16 @@ class Ledger:
         frozen = [(torch.zeros(1, dtype=torch.int64, device="cpu"), "no parameter controls it"), *self._frozen]
         frozen += self._met_unknown(a, b, known)
         frozen += self._covering(classes)
+        if live is not None:
+            lost = "reaches no output by operators that can be followed"
+            frozen += [(vector, lost) for vector, clock in self._written if not live[clock]]
         bent = [(vector, reason) for vector, reason, clock in self._bent if live is None or live[clock]]
         coded = self._flags_of_classes(classes, [*self._coded, *(labels.reshape(-1) for labels in self._fields)])
         return Classes(
             classes,
             _first_reasons(classes, frozen),
             _first_reasons(classes, bent),
-            self._flags(self._written),
+            self._flags([vector for vector, _ in self._written]),
             self._flags(self._read),
             coded,
             self._flags_of_classes(classes, self._silenced),

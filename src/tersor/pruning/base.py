@@ -13,9 +13,10 @@ from tersor.config import PruningSpec
 from tersor.errors import ConfigError, MaskError
 from tersor.graph.coupling import Masks
 from tersor.pruning.align import align, expanded
-from tersor.pruning.allocation import Request, allocate
+from tersor.pruning.decision import decide, masks_of_readers
 from tersor.pruning.sparsity import Sparsity, measure_sparsity
 from tersor.storage import load_masks
+from tersor.targets.choices import choices
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
 from tersor.wrapping.stack import as_bool, compact
@@ -25,8 +26,10 @@ class Pruner(Compressor):
     """Base of all pruners. A new one says how a block is scored, in one file.
 
     Four steps make masks: :meth:`collect` the values, :meth:`score` each block, allocate the sparsity (ratios,
-    thresholds, global and dependency groups: :mod:`tersor.pruning.allocation`), and mask. With example inputs the masks
-    are then completed over the coupling groups, so that the masked model computes what the small model will.
+    thresholds, global and dependency groups: :mod:`tersor.pruning.allocation`), and mask. With example inputs, what the
+    graph says leaves as one, such as the rows of an attention head, is decided as one (:mod:`tersor.targets.choices`),
+    and the masks are then completed over the coupling groups, so that the masked model computes what the small model
+    will.
 
     ``compress()`` returns ``(model, masks)``; the model stays wrapped.
     """
@@ -74,13 +77,17 @@ class Pruner(Compressor):
             raise ConfigError("nothing would be pruned", where="config_list", remedy="; ".join(reasons[:5]))
         with torch.no_grad():
             collected = self.collect()
-            requests = [self._request(target, collected[target.name]) for target in targets]
-            keep = allocate(requests)
+            scores = {t.name: self.score(collected[t.name], t.blocks) for t in targets if t.blocks is not None}
+            keep = decide(choices(self.plan.targets), scores)
         masks: dict[str, dict[str, Tensor]] = {}
         for target in targets:
             assert target.blocks is not None
             mask = target.blocks.expand_compact(keep[target.name])
             masks.setdefault(target.config.module_name, {})[target.config.target_name] = mask
+        for module, readers in masks_of_readers(targets, keep).items():
+            for name, mask in readers.items():
+                own = masks.setdefault(module, {}).get(name)
+                masks[module][name] = mask if own is None else own & mask.to(own.device)
         align(self.plan.targets, masks, self._shape)
         self._apply(masks)
 
@@ -137,39 +144,11 @@ class Pruner(Compressor):
             mask.value = spec.apply_value
 
     def _scored(self) -> list[PlannedTarget]:
-        """Targets that this pruner makes a mask for by itself: not aligned, not frozen, and with something to reach."""
-        return [
-            target
-            for target in self.plan.targets
-            if isinstance(spec := target.config.spec, PruningSpec)
-            and target.blocks is not None
-            and target.frozen is None
-            and spec.align is None
-            and (spec.sparse_ratio, spec.sparse_threshold, spec.min_sparse_ratio) != (None, None, None)
-        ]
+        """Targets that this pruner makes a mask for by itself."""
+        return [target for target in self.plan.targets if target.decides]
 
     def _latent(self, target: PlannedTarget) -> Tensor:
         return self.wrappers[target.config.module_name].tensor(target.config.target_name).detach()
-
-    def _request(self, target: PlannedTarget, values: Tensor) -> Request:
-        spec, blocks = target.config.spec, target.blocks
-        assert isinstance(spec, PruningSpec)
-        assert blocks is not None
-        scores = self.score(values, blocks)
-        if target.stays is not None:
-            scores = scores.masked_fill(target.stays.view(scores.shape).to(scores.device), float("inf"))
-        return Request(
-            key=target.name,
-            scores=scores,
-            block_numel=blocks.block_numel,
-            ratio=spec.sparse_ratio,
-            threshold=spec.sparse_threshold,
-            min_ratio=spec.min_sparse_ratio,
-            max_ratio=target.greatest_ratio,
-            global_group=spec.global_group_id,
-            dependency_group=spec.dependency_group_id,
-            internal_block=spec.internal_metric_block,
-        )
 
     def _shape(self, module: str, target: str) -> torch.Size | None:
         """A target's shape; the model is run once where that is how an input's or output's shape becomes known."""

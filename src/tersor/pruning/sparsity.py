@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tersor.config import PruningSpec
 from tersor.graph.coupling import Masks
+from tersor.targets.choices import Choices, choices
 from tersor.targets.plan import Plan
 from tersor.targets.planned import PlannedTarget
 from tersor.targets.rows import PlanRow, removed_count
@@ -81,22 +82,24 @@ def _why_less(spec: PruningSpec, row: PlanRow, removed: int, short: dict[str, st
 
 
 def _short_groups(plan: Plan, own: Masks) -> dict[str, str]:
-    """The global groups that fall short of their ratio by a block or more, with the reason."""
-    members: dict[str, list[PlannedTarget]] = defaultdict(list)
-    for target in plan.targets:
-        spec = target.config.spec
-        if isinstance(spec, PruningSpec) and spec.global_group_id is not None and _find(own, target) is not None:
-            members[spec.global_group_id].append(target)
+    """The global groups that fall short of their ratio by a choice of each kind or more, with the reason."""
+    groups: dict[str, list[Choices]] = defaultdict(list)
+    for parts in choices(plan.targets):
+        spec = parts[0].target.config.spec
+        if isinstance(spec, PruningSpec) and spec.global_group_id is not None:
+            groups[spec.global_group_id].append(parts)
     short: dict[str, str] = {}
-    for group, targets in members.items():
-        sizes = [(t.blocks.count, t.blocks.block_numel, _removed(t, _find(own, t))) for t in targets if t.blocks]
-        spec = targets[0].config.spec
-        assert isinstance(spec, PruningSpec)
-        asked = removed_count(spec.sparse_ratio or 0.0, sum(count * numel for count, numel, _ in sizes))
-        removed = sum(numel * gone for _, numel, gone in sizes)
-        if asked - removed >= sum(numel for _, numel, _ in sizes):
+    for group, sets in groups.items():
+        members = {part.target: part for parts in sets for part in parts if _find(own, part.target) is not None}
+        if not members:
+            continue
+        weights = [(parts[0].count, sum(part.weight for part in parts)) for parts in sets]
+        ratio = getattr(sets[0][0].target.config.spec, "sparse_ratio", None) or 0.0
+        asked = removed_count(ratio, sum(count * weight for count, weight in weights))
+        removed = sum(_removed(t, _find(own, t)) * t.blocks.block_numel for t in members if t.blocks)
+        if asked - removed >= sum(weight for _, weight in weights):
             short[group] = (
                 f"global group {group} gives up {removed} of {asked} elements: max_sparse_ratio forbids more, "
-                "or its targets are down to their last blocks"
+                "or its targets are down to their last choices"
             )
     return short

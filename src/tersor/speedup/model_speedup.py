@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -97,8 +98,8 @@ class ModelSpeedup:
         tolerance: the largest relative difference that is accepted.
         batch_dim: the dimension of the inputs that holds the batch.
         allow_inexact: also remove what a statistic runs over (the width of a model with layer norm). The small model
-            then computes other numbers than the masked one and has to be fine-tuned; it is not verified, and what is
-            inexact is in the report.
+            then computes other numbers than the masked one and has to be fine-tuned: it is only checked to run at its
+            new sizes, ``report.error`` says how far it is off, and ``report.inexact`` why.
         round_to: leave this many channels, or heads, or a multiple: what is asked for beyond it stays, silent.
         constants: what becomes of the constant that a masked channel still carries where only weights are masked
             (its bias, the shift of its norm): ``mask`` silences it, as the simulation of a pruner does; ``fold`` moves
@@ -188,7 +189,12 @@ class ModelSpeedup:
             removed &= ~unsure
         retries = 0
         while True:
-            trial = Trial(self.model, coupling, removed, masks, shifts, self.options)
+            options = self.options
+            if any(removed[c] for c in coupling.inexact):
+                options = replace(
+                    options, tolerance=sys.float_info.max
+                )  # it has to run, but other numbers are asked for
+            trial = Trial(self.model, coupling, removed, masks, shifts, options)
             small = trial.run()
             if small is not None:
                 return self._report(coupling, removed, small, refused, constants)

@@ -32,6 +32,7 @@ def _conv(module: Any) -> Sizes:
 def groups_left(groups: int, kept: Tensor) -> int:
     """How many groups a convolution has left: fewer where whole groups leave, all where each loses some positions.
 
+    >>> import torch
     >>> groups_left(2, torch.tensor([True, True, False, False])), groups_left(2, torch.tensor([True, False] * 2))
     (1, 2)
     """
@@ -183,6 +184,7 @@ def sizes_from_inputs(model: nn.Module) -> Iterator[None]:
     Nothing of such a norm is sliced, so nothing of it says what has left. One run of the small model does; the
     sizes that it sets stay.
 
+    >>> import torch
     >>> norm = nn.GroupNorm(4, 16, affine=False)
     >>> with sizes_from_inputs(norm):
     ...     _ = norm(torch.zeros(1, 8))

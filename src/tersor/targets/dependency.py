@@ -1,4 +1,4 @@
-"""Dependency groups set by the graph: targets whose output channels must be the same share one mask."""
+"""Dependency groups set by the graph: targets whose output channels leave together are decided together."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tersor.config.files import read_config_file
 from tersor.config.parse import ConfigList
 from tersor.graph.coupling import Coupling, coupling_of
 from tersor.targets.channels import channel_dims
+from tersor.targets.choices import connected
 from tersor.targets.planned import qualified
 from tersor.targets.resolve import TargetConfig, resolve_targets
 
@@ -20,10 +21,14 @@ BY_CHANNEL = ("default", "out_channel")
 
 
 def auto_set_dependency_group_ids(model: nn.Module, config_list: ConfigList, dummy_input: Any) -> list[Any]:
-    """Find which selected targets must share a mask, and say so in a new config list.
+    """Find which selected targets must be decided together, and say so in a new config list.
 
-    Targets whose output channels are added, multiplied or normalized together get one ``dependency_group_id``; where
-    channels can only leave in runs (the groups of a convolution), they get that run as their ``granularity``.
+    Targets get one ``dependency_group_id`` where some of their output channels leave together: they are added,
+    multiplied or normalized together, joined along the channels with what is, or belong to one attention head. Where
+    channels can only leave in runs (heads, the groups of a convolution), they get that run as their ``granularity``.
+
+    Give the pruner example inputs too: what such targets have in common may come in another order or more often in one
+    than in the other (grouped-query attention), and only the graph knows which channels are meant.
 
     Args:
         model: any module; it is left as it was.
@@ -40,20 +45,20 @@ def auto_set_dependency_group_ids(model: nn.Module, config_list: ConfigList, dum
     """
     entries = parse_config_list(config_list, "pruning")
     coupling = coupling_of(model, dummy_input)
-    sequences: dict[bytes, list[TargetConfig]] = {}
-    for target in resolve_targets(model, entries, "pruning").targets:
-        classes = _output_classes(target, coupling)
-        if classes is not None:
-            sequences.setdefault(classes.tobytes(), []).append(target)
+    targets = [
+        (target, classes)
+        for target in resolve_targets(model, entries, "pruning").targets
+        if (classes := _output_classes(target, coupling)) is not None
+    ]
     grouped: list[dict[str, Any]] = []
     groups = 0
-    for classes, targets in sequences.items():
-        run = _run_length(classes)
-        if len(targets) > 1:
-            grouped += _entries(targets, f"dependency_{groups}", run)
+    for numbers in connected([_linking(classes, coupling) for _, classes in targets]):
+        members = [targets[number] for number in numbers]
+        if len(members) > 1:
+            grouped += _entries(members, f"dependency_{groups}")
             groups += 1
-        elif run > 1:
-            grouped += _entries(targets, None, run)
+        elif _run_length(members[0][1]) > 1:
+            grouped += _entries(members, None)
     given = read_config_file(config_list) if isinstance(config_list, (str, os.PathLike)) else config_list
     return [*given, *grouped]
 
@@ -69,21 +74,26 @@ def _output_classes(target: TargetConfig, coupling: Coupling) -> np.ndarray | No
     return None if out_dim is None else coupling.classes_along(qualified(target), out_dim)
 
 
-def _run_length(classes: bytes) -> int:
+def _linking(classes: np.ndarray, coupling: Coupling) -> np.ndarray:
+    """The classes that can leave; where none can, all: another coupling of the model may let them (layer norm)."""
+    free = classes[~coupling.frozen[classes]]
+    return free if len(free) else classes
+
+
+def _run_length(classes: np.ndarray) -> int:
     """How many consecutive channels share a class, where all runs are equally long; else 1."""
-    values = np.frombuffer(classes, dtype=np.int64)
-    lengths = np.diff(np.flatnonzero(np.diff(values, prepend=-1, append=-1)))
+    lengths = np.diff(np.flatnonzero(np.diff(classes, prepend=-1, append=-1)))
     return int(lengths[0]) if len(lengths) > 1 and (lengths == lengths[0]).all() else 1
 
 
-def _entries(targets: list[TargetConfig], group: str | None, run: int) -> list[dict[str, Any]]:
+def _entries(targets: list[tuple[TargetConfig, np.ndarray]], group: str | None) -> list[dict[str, Any]]:
     """The targets' own settings with the group, one entry for those that have the same."""
     entries: list[dict[str, Any]] = []
-    for target in targets:
+    for target, classes in targets:
         setting = {"target_names": [target.target_name], **target.spec.as_config()}
         if group is not None:
             setting["dependency_group_id"] = group
-        if run > 1:
+        if (run := _run_length(classes)) > 1:
             setting["granularity"] = [[run], "back", -1]
         same = next((entry for entry in entries if {**entry, "op_names": []} == {"op_names": [], **setting}), None)
         if same is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,12 +28,17 @@ class PlannedTarget:
         blocks: how a pruned parameter is cut into blocks; None for inputs, outputs and other modes.
         stays: which blocks cannot leave, bool, one a block; None where all can, or none can.
         why: why those cannot, or why none can; None where all can.
+        classes: the classes of each block, shape (blocks, classes of one), where blocks are whole slices along one
+            dimension; None otherwise.
+        coupling: what the classes belong to; None where it is not known.
     """
 
     config: TargetConfig
     blocks: Blocks | None = None
     stays: Tensor | None = None
     why: str | None = None
+    classes: np.ndarray | None = None
+    coupling: Coupling | None = None
 
     @property
     def name(self) -> str:
@@ -40,16 +46,21 @@ class PlannedTarget:
         return qualified(self.config)
 
     @property
-    def greatest_ratio(self) -> float:
-        """The share of its blocks that may go: ``max_sparse_ratio``, and no more than can leave."""
-        asked = getattr(self.config.spec, "max_sparse_ratio", None)
-        free = 1.0 if self.stays is None else 1 - float(self.stays.double().mean())
-        return free if asked is None else min(asked, free)
-
-    @property
     def frozen(self) -> str | None:
         """Why none of its blocks can leave; None where at least one can."""
         return self.why if self.stays is None else None
+
+    @property
+    def decides(self) -> bool:
+        """Whether a pruner makes a mask for it by itself: not aligned, not frozen, and with something to reach."""
+        spec = self.config.spec
+        return (
+            isinstance(spec, PruningSpec)
+            and self.blocks is not None
+            and self.frozen is None
+            and spec.align is None
+            and (spec.sparse_ratio, spec.sparse_threshold, spec.min_sparse_ratio) != (None, None, None)
+        )
 
 
 def plan_target(target: TargetConfig, coupling: Coupling | None, default: Granularity) -> PlannedTarget:
@@ -87,21 +98,27 @@ def plan_target(target: TargetConfig, coupling: Coupling | None, default: Granul
         return PlannedTarget(target, blocks, why="is a single block, and one has to stay")
     if coupling is None or _single_elements(granularity):
         return PlannedTarget(target, blocks)
-    return PlannedTarget(target, blocks, *_what_stays(qualified(target), blocks, coupling))
+    classes = _classes(qualified(target), blocks, coupling)
+    if classes is None:
+        return PlannedTarget(target, blocks)
+    return PlannedTarget(target, blocks, *_what_stays(classes, coupling), classes, coupling)
 
 
 def _single_elements(granularity: Granularity) -> bool:
     return granularity.fill == 1 and set(granularity.block) == {1}
 
 
-def _what_stays(name: str, blocks: Blocks, coupling: Coupling) -> tuple[Tensor | None, str | None]:
-    """Which blocks hold an index that cannot leave, and why; where blocks are whole slices along one dimension."""
+def _classes(name: str, blocks: Blocks, coupling: Coupling) -> np.ndarray | None:
+    """The classes of each block, where blocks are whole slices along one dimension."""
     cut = [dim for dim, count in enumerate(blocks.grid) if count > 1]
     classes = coupling.classes_along(name, cut[0]) if len(cut) == 1 else None
-    if classes is None:
-        return None, None
+    return None if classes is None else classes.reshape(blocks.count, -1)
+
+
+def _what_stays(classes: np.ndarray, coupling: Coupling) -> tuple[Tensor | None, str | None]:
+    """Which blocks hold a class that cannot leave, and why."""
     frozen = coupling.frozen[classes]
-    stays = torch.from_numpy(frozen.reshape(blocks.count, -1).any(1))
+    stays = torch.from_numpy(frozen.any(1))
     if not stays.any():
         return None, None
     return None if stays.all() else stays, coupling.reasons[int(classes[frozen][0])]

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from tersor.config import Mode, PruningSpec
+from tersor.targets.choices import Choices, choices
 from tersor.targets.planned import PlannedTarget
 from tersor.targets.settings import SETTINGS
 
@@ -49,23 +50,19 @@ class PlanRow:
 
 def plan_rows(mode: Mode, targets: Sequence[PlannedTarget]) -> tuple[PlanRow, ...]:
     """A line for each target."""
-    mates: dict[object, list[PlannedTarget]] = defaultdict(list)
-    for target in targets:
-        mates[_dependency(target)].append(target)
-    return tuple(_row(mode, target, mates[_dependency(target)]) for target in targets)
+    sets: dict[PlannedTarget, list[Choices]] = defaultdict(list)
+    for parts in choices(targets) if mode == "pruning" else ():
+        for part in parts:
+            sets[part.target].append(parts)
+    return tuple(_row(mode, target, sets.get(target, [])) for target in targets)
 
 
-def _dependency(target: PlannedTarget) -> object:
-    """What targets that share a mask have in common."""
-    return getattr(target.config.spec, "dependency_group_id", None) or target
-
-
-def _row(mode: Mode, target: PlannedTarget, mates: list[PlannedTarget]) -> PlanRow:
+def _row(mode: Mode, target: PlannedTarget, sets: Sequence[Choices]) -> PlanRow:
     config, spec = target.config, target.config.spec
     action, removes, reason = {"quantization": "quantize", "distillation": "distil"}.get(mode, "prune"), None, ""
     group = ""
     if isinstance(spec, PruningSpec):
-        action, removes, reason = _pruning_action(target, spec, mates)
+        action, removes, reason = _pruning_action(target, spec, sets)
         group = " ".join(name for name in (spec.dependency_group_id, spec.global_group_id) if name)
     return PlanRow(
         config.module_name,
@@ -80,31 +77,51 @@ def _row(mode: Mode, target: PlannedTarget, mates: list[PlannedTarget]) -> PlanR
     )
 
 
-def _pruning_action(
-    target: PlannedTarget, spec: PruningSpec, mates: list[PlannedTarget]
-) -> tuple[str, int | None, str]:
+def _pruning_action(target: PlannedTarget, spec: PruningSpec, sets: Sequence[Choices]) -> tuple[str, int | None, str]:
     if spec.align is not None:
         source = ".".join(filter(None, (spec.align.module_name, spec.align.target_name)))
         return "align", None, f"follows {source}"
     if target.frozen:
         return "nothing", 0, target.frozen
-    keys = (spec.sparse_ratio, spec.sparse_threshold, spec.min_sparse_ratio)
-    if keys == (None, None, None) or target.blocks is None:
+    if not target.decides or target.blocks is None:
         return "nothing", 0, "no sparse_ratio or sparse_threshold is set"
-    partly = "" if target.stays is None else f"{int(target.stays.sum())} blocks stay: one {target.why}"
+    own = [(parts, part) for parts in sets for part in parts if part.target is target]
+    free = sum(part.count * part.width for _, part in own)
+    partly = ""
+    if free < target.blocks.count:
+        partly = f"{target.blocks.count - free} blocks stay: one {target.why or 'leaves with a block that stays'}"
     if spec.sparse_threshold is not None or spec.global_group_id is not None:
         return "prune", None, partly
-    specs = [mate.config.spec for mate in mates]
-    parts = math.lcm(*(s.internal_metric_block or 1 for s in specs if isinstance(s, PruningSpec)))
-    lowest = max(s.min_sparse_ratio or 0.0 for s in specs if isinstance(s, PruningSpec))
-    ratio = min(max(spec.sparse_ratio or 0.0, lowest), *(mate.greatest_ratio for mate in mates))
-    removes = parts * removed_count(ratio, target.blocks.count // parts)
-    if not removes:
-        return "nothing", 0, partly or f"{ratio:g} of {target.blocks.count // parts} blocks is less than one"
-    return "prune", removes, partly
+    if not own:
+        return "nothing", 0, partly
+    removes, asked = 0, 0.0
+    for parts, part in own:
+        ratio, shares = _ratio(parts)
+        removes += part.width * shares * removed_count(ratio, part.count // shares)
+        asked += ratio * part.width * part.count
+    ratio, shares = _ratio(own[0][0])
+    if not removes and len(own) == 1:
+        what = "blocks" if own[0][1].width == 1 else f"choices of {own[0][1].width} blocks"
+        less = f"{ratio:g} of {own[0][1].count // shares} {what} is less than one"
+    elif (len(own) > 1 or own[0][1].width > 1) and removes < max(removed_count(1, asked), 1):
+        kinds = [f"{part.count} choices of {part.width} blocks" for _, part in own]
+        more = f" and {len(kinds) - 3} more kinds" if len(kinds) > 3 else ""
+        less = f"only whole choices leave, of each kind its share: {', '.join(kinds[:3])}{more}"
+    else:
+        less = ""
+    return "prune" if removes else "nothing", removes, "; ".join(filter(None, (partly, less)))
 
 
-def removed_count(ratio: float, blocks: int) -> int:
+def _ratio(parts: Choices) -> tuple[float, int]:
+    """The ratio of a set of choices within its bounds, and the number of equal parts of which each loses that."""
+    specs = [part.target.config.spec for part in parts]
+    shares = math.lcm(*(s.internal_metric_block or 1 for s in specs if isinstance(s, PruningSpec)))
+    asked = [max(s.sparse_ratio or 0.0, s.min_sparse_ratio or 0.0) for s in specs if isinstance(s, PruningSpec)]
+    most = [1.0 if s.max_sparse_ratio is None else s.max_sparse_ratio for s in specs if isinstance(s, PruningSpec)]
+    return min(max(asked), *most), shares
+
+
+def removed_count(ratio: float, blocks: float) -> int:
     """How many of a number of blocks a ratio removes: rounded down, but 0.29 of 100 is 29.
 
     >>> removed_count(0.29, 100)
