@@ -31,7 +31,7 @@ zoo: .venv/dev.stamp
 	$(BIN)/pip install --no-deps torch-pruning
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --jobs 2
 	$(BIN)/python -m benchmarks.zoo --table
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peer
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peer --sample
 
 properties: .venv/dev.stamp
 	OMP_NUM_THREADS=1 TERSOR_EXAMPLES=2000 $(BIN)/pytest tests/properties

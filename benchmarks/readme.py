@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,29 @@ def section() -> str:
         f" {channels['step_ratio']:.2f} and {fine['step_ratio']:.2f} times a plain one. One global threshold over"
         f" {allocation['weights'] / 1e6:.1f} million weights takes {allocation['seconds']:.1f} s on one thread."
     )
-    return "\n".join(["", *rows, "", text, ""])
+    return "\n".join(["", *rows, "", text, "", zoo(), ""])
+
+
+def zoo() -> str:
+    """What came of every architecture of the zoo, in words."""
+    records = results("zoo")["rows"]
+    good = [record for record in records if record["success"]]
+    slowest = max(good, key=lambda record: record["seconds"])
+    in_place = sum(record["form"] == "in place" for record in good)
+    text = (
+        f"Of the {len(records)} architectures of the zoo ([docs/zoo.md](docs/zoo.md); half of all prunable channels and"
+        f" heads removed) {len(good)} ({len(good) / len(records):.1%}) come out right: {in_place} in their own classes, the"
+        f" others as a graph; relative error at most {max(record['error'] for record in good):.0e}, median share of"
+        f" parameters removed {statistics.median(record['removed'] for record in good):.0%}, median time"
+        f" {statistics.median(record['seconds'] for record in good):.2f} s, at most {slowest['seconds']:.1f} s"
+        f" ({slowest['name']}). The others raise an error that names the place; none is silently wrong."
+    )
+    peer = results("zoo_peer")["summary"]
+    ratios = " and ".join(f"{ratio:.2f} with {batch} images" for batch, ratio in peer["median_ratio"].items())
+    return text + (
+        f" Torch-Pruning runs on {peer['theirs_ran']} of {peer['rows']} vision rows of the sample and is exact on"
+        f" {peer['theirs_exact']}; where both are exact, the median ratio of our time to its is {ratios}."
+    )
 
 
 def main() -> None:

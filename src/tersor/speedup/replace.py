@@ -149,13 +149,16 @@ def replace_modules(
         SpeedupError: a replacer failed or returned something else than a module; the model's modules are as before.
     """
     own = _checked(customized)
+    named = list(model.named_modules())
+    found = [(name, module, _find(type(module), own) or _find(type(module), REPLACERS)) for name, module in named]
+    if not any(replacer for _, _, replacer in found):
+        return Replacements()
     shapes = {name: _shape_before(tensor, kept.get(name, {})) for name, tensor in named_tensors(model).items()}
     replacements = Replacements()
     try:
-        for name, module in reversed(list(model.named_modules())):
-            replacer = _find(type(module), own) or _find(type(module), REPLACERS)
-            cut = Cut(_inside(name, kept), _inside(name, shapes))
-            if replacer and cut.kept:
+        for name, module, replacer in reversed(found):
+            cut = Cut(_inside(name, kept), _inside(name, shapes)) if replacer else None
+            if replacer and cut and cut.kept:
                 _replace(model, name, module, replacer, cut, replacements)
     except BaseException:
         replacements.undo()
