@@ -55,8 +55,8 @@ def zoo() -> str:
     in_place = sum(record["form"] == "in place" for record in good)
     text = (
         f"Of the {len(records)} architectures of the zoo ([docs/zoo.md](docs/zoo.md); half of all prunable channels and"
-        f" heads removed) {len(good)} ({len(good) / len(records):.1%}) come out right: {in_place} in their own classes, the"
-        f" others as a graph; relative error at most {max(record['error'] for record in good):.0e}, median share of"
+        f" heads removed) {len(good)} ({len(good) / len(records):.1%}) come out right: {in_place} in their own classes,"
+        f" the others as a graph; relative error at most {max(record['error'] for record in good):.0e}, median share of"
         f" parameters removed {statistics.median(record['removed'] for record in good):.0%}, median time"
         f" {statistics.median(record['seconds'] for record in good):.2f} s, at most {slowest['seconds']:.1f} s"
         f" ({slowest['name']}). The others raise an error that names the place; none is silently wrong."
