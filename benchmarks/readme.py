@@ -61,6 +61,8 @@ def zoo() -> str:
         f" {statistics.median(record['seconds'] for record in good):.2f} s, at most {slowest['seconds']:.1f} s"
         f" ({slowest['name']}). The others raise an error that names the place; none is silently wrong."
     )
+    if not (ROOT / "benchmarks" / "results" / "zoo_peer.json").exists():
+        return text
     peer = results("zoo_peer")["summary"]
     ratios = " and ".join(f"{ratio:.2f} with {batch} images" for batch, ratio in peer["median_ratio"].items())
     return text + (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.errors import InvalidValueError
+from tersor.errors import InvalidValueError, VerificationError
 from tersor.graph import groups
 from tersor.graph.inputs import named_tensors
 from tersor.speedup import ModelSpeedup
@@ -148,3 +148,17 @@ def test_a_graph_of_the_users_own():
     assert small is graph
     assert speedup.report.repairs == ("the model: args[2] of 'view' 288 -> 144",)
     assert small(torch.randn(7, *IMAGE[1:])).shape == (7, 4)
+
+
+def test_a_graph_that_does_not_help_stays_as_it_was():
+    class Deciding(Literal):
+        def forward(self, x):
+            return super().forward(x) / self.conv.out_channels
+
+    model, x = randomize(Deciding()), torch.randn(IMAGE)
+    graph = torch.fx.symbolic_trace(Literal())  # another model's
+    code = graph.code
+    with pytest.raises(VerificationError):
+        ModelSpeedup(model, x, groups(model, x).random_masks(0.5), graph_module=graph).speedup_model()
+    assert graph.code == code
+    assert (model.conv.out_channels, graph.conv.out_channels) == (8, 8)

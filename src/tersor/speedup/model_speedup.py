@@ -162,7 +162,8 @@ class ModelSpeedup:
         self.round_to = round_to
         self.constants = constants
         self.customized_mask_updaters = dict(customized_mask_updaters or {})
-        self.options = Options(verify, tolerance, batch_dim, customized_replacers, graph_module)
+        rules = self.customized_mask_updaters
+        self.options = Options(verify, tolerance, batch_dim, customized_replacers, graph_module, rules)
         self.report: SpeedupReport | None = None
 
     def speedup_model(self) -> nn.Module:
@@ -190,10 +191,8 @@ class ModelSpeedup:
         retries = 0
         while True:
             options = self.options
-            if any(removed[c] for c in coupling.inexact):
-                options = replace(
-                    options, tolerance=sys.float_info.max
-                )  # it has to run, but other numbers are asked for
+            if any(removed[c] for c in coupling.inexact):  # other numbers are asked for; still, it has to run
+                options = replace(options, tolerance=sys.float_info.max)
             trial = Trial(self.model, coupling, removed, masks, shifts, options)
             small = trial.run()
             if small is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from tersor.errors import SpeedupError, TersorError, TraceError
 from tersor.graph.coupling import Coupling
 from tersor.graph.follow import shapes_in
 from tersor.graph.inputs import batch_size, caches_of, fresh_inputs, named_tensors
+from tersor.graph.rules import CUSTOM_MODULES, Rule
 from tersor.graph.trace import concrete_trace
 from tersor.speedup.attributes import repair_attributes
 from tersor.speedup.folding import Shift, fold
@@ -42,6 +44,7 @@ class Options:
         batch_dim: the dimension of the inputs that holds the batch.
         replacers: by module type, before the registered ones.
         graph_module: the user's own graph of the model.
+        rules: for labels, by operator or module type, before the registered ones.
     """
 
     verify: bool
@@ -49,6 +52,7 @@ class Options:
     batch_dim: int
     replacers: Customized
     graph_module: fx.GraphModule | None
+    rules: Mapping[Any, Rule]
 
 
 @dataclass
@@ -116,6 +120,8 @@ class Trial:
             if not self.options.verify:
                 return Small(self.model, self._cut(), None, {}, ())
             checks = [self._expected(self._other_inputs(), snapshot)]
+            given = self.options.graph_module
+            own = None if given is None else copy.deepcopy(given.graph)
             try:
                 small = self._in_place(checks)
                 if small is None:
@@ -125,6 +131,8 @@ class Trial:
                 small, self.cause, self.refused_by = None, error, error.where or ""
             if small is None:
                 self._restore(snapshot)
+                if given is not None and own is not None:
+                    given.graph = own
             else:
                 for cache in caches_of(self.model):
                     cache.clear()  # what it holds has the old sizes
@@ -185,10 +193,12 @@ class Trial:
 
         A graph holds what the code decided on for the example, so a model that decides on values keeps its own class.
         """
-        example = self.coupling.example_inputs
+        example, options = self.coupling.example_inputs, self.options
+        whole = tuple(kind for kind in (*options.rules, *CUSTOM_MODULES) if isinstance(kind, type))
         try:
-            graph = self.options.graph_module or concrete_trace(self.model, example)
-            nodes = Coupling(graph, example, allow_inexact=self.coupling.allow_inexact, record_nodes=True)
+            graph = options.graph_module or concrete_trace(self.model, example, leaf_types=whole)
+            inexact = self.coupling.allow_inexact
+            nodes = Coupling(graph, example, allow_inexact=inexact, customized=options.rules, record_nodes=True)
             leaving = nodes.removed(self.coupling.masks_of(self.removed))
             sizes = record_sizes(graph, nodes)
             larger = self._expected(self._other_inputs(more=True), snapshot)
