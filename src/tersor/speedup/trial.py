@@ -213,9 +213,10 @@ class Trial:
             return None
         both = [*checks, larger]
         words = tuple(str(repair) for repair in repairs)
-        attributes = self._by_attributes(repairs, both)
+        errors: list[float] = []
+        attributes = self._by_attributes(repairs, both, errors)
         if attributes is not None:
-            return Small(self.model, shapes, self._error(self.model, both), attributes, ())
+            return Small(self.model, shapes, errors[-1], attributes, ())
         many = fresh_inputs(example, MANY, batch_dim=self.options.batch_dim)
         if not self._guarded(graph, [sizes.inputs, larger[0], many]):
             return None
@@ -237,10 +238,15 @@ class Trial:
             )
         return unchecked is None
 
-    def _by_attributes(self, repairs: Sequence[Repair], checks: Sequence[Check]) -> dict[str, Any] | None:
+    def _by_attributes(
+        self, repairs: Sequence[Repair], checks: Sequence[Check], errors: list[float]
+    ) -> dict[str, Any] | None:
+        """Numbers of modules made right, as ``repair_attributes`` has them; the error of each choice goes to a list."""
+
         def is_right(model: nn.Module) -> bool:
             with sizes_from_inputs(model):
-                return self._is_right(self._error(model, checks))
+                errors.append(self._error(model, checks))
+                return self._is_right(errors[-1])
 
         cause = self.cause
         try:
