@@ -66,8 +66,8 @@ def zoo() -> str:
     peer = results("zoo_peer")["summary"]
     ratios = " and ".join(f"{ratio:.2f} with {batch} images" for batch, ratio in peer["median_ratio"].items())
     return text + (
-        f" Torch-Pruning runs on {peer['theirs_ran']} of {peer['rows']} vision rows of the sample that were compared and"
-        f" is exact on {peer['theirs_exact']}; where both are exact, the median ratio of our time to its is {ratios}."
+        f" Torch-Pruning runs on {peer['theirs_ran']} of {peer['rows']} vision rows that were compared and is exact"
+        f" on {peer['theirs_exact']}; where both are exact, the median ratio of our time to its is {ratios}."
     )
 
 
