@@ -19,8 +19,23 @@ from tests.zoo.rows import Row
 KEEPS_NEARLY_ALL = {
     "timm/convnextv2_atto": "layer norms and global response norms take their statistics over every hidden channel",
     "timm/gmlp_ti16_224": "a layer norm stands between the gate's two halves, and in front of every block",
+    "hard/SteppedSlices": "every second channel is taken by its position",
+    "hard/ChannelShuffle": "shuffle after shuffle ties all channels of the stage",
+    "hard/SplitShuffle": "shuffle after shuffle ties all channels of the stage",
+    "hard/IndexedChannels": "channels are looked up by their positions",
+    "hard/RepeatedChannels": "copies one behind the other tie all channels",
+    "hard/WeightNormalized": "a masked row has no norm to be divided by",
+    "hard/BilinearForms": "the operator has no rule",
+    "hard/LinearBiases": "slopes are computed for each number of heads",
+    "hard/BatchedExperts": "what is summed over experts stands beside their softmax",
 }
 """Rows of the sample from which less than a twentieth can leave exactly, and why."""
+
+REFUSED = {
+    "hard/StackedGru": "len(x) fixes the batch beside a literal width",
+    "hard/ScaledByWidth": "the number of channels is a number in the computation",
+}
+"""Rows of the sample whose only group cannot leave, which is an error that names the place, and why."""
 
 SAMPLE = [row for source in SOURCES for row in rows_of(source) if row.in_sample]
 
@@ -42,6 +57,10 @@ def test_the_sample_has_every_source(source):
 @pytest.mark.parametrize("row", SAMPLE, ids=lambda row: row.name)
 def test_half_of_everything_leaves_and_the_rest_computes_the_same(row):
     record = check(row, later=False)
+    if row.name in REFUSED:
+        assert record["failure"]["type"] == "VerificationError"
+        assert "The model is unchanged" in record["failure"]["message"]
+        return
     assert record["success"], record["failure"]
     assert record["error"] <= TOLERANCE
     assert (record["removed"] <= LITTLE) == (row.name in KEEPS_NEARLY_ALL)
