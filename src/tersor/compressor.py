@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from typing_extensions import Self
 
 from tersor.config import Granularity, Mode
 from tersor.config.parse import ConfigList
-from tersor.errors import ConflictError, TrainingError
+from tersor.errors import CheckpointError, ConflictError, TrainingError
 from tersor.graph.coupling import Coupling, coupling_of
 from tersor.graph.inputs import evaluating, run
 from tersor.targets.plan import make_plan
@@ -25,8 +26,8 @@ class Compressor(ABC):
     Making a compressor plans, checks and wraps the model; nothing changes in it until :meth:`compress`. A compressor
     made by :meth:`from_compressor` works on the same wrappers, and one training run, started from any, serves them all.
 
-    A subclass implements what is its own: :meth:`on_start` (before training), :meth:`on_loss` and :meth:`on_step`
-    (during), :meth:`on_finish` (after), and :meth:`result`.
+    A subclass implements what is its own: :meth:`on_start` (before training), :meth:`on_loss`, :meth:`on_gradients` and
+    :meth:`on_step` (during), :meth:`on_finish` (after), and :meth:`result`.
 
     Args:
         model: the model; it is wrapped in place.
@@ -48,6 +49,7 @@ class Compressor(ABC):
     mode: ClassVar[Mode]
     needs_training: ClassVar[bool] = False
     default_granularity: ClassVar[Granularity] = OUT_CHANNEL
+    default_balance: ClassVar[Granularity | None] = None
 
     def __init__(
         self,
@@ -71,7 +73,10 @@ class Compressor(ABC):
             coupling = previous.plan.coupling if previous else None
             if coupling is None and example_inputs is not None:
                 coupling = coupling_of(model, example_inputs)
-            self.plan = make_plan(model, config_list, self.mode, coupling, self.default_granularity)
+            self.plan = make_plan(
+                model, config_list, self.mode, coupling, self.default_granularity, self.default_balance
+            )
+        self._gradients_seen = False
         self._refuse_overlap()
         try:
             self._wrap_targets()
@@ -185,7 +190,7 @@ class Compressor(ABC):
                 remedy="Give a TorchEvaluator, or call compress() without a length.",
             )
         self.start()
-        if trains and evaluator is not None:
+        if not any(item.on_train(max_steps, max_epochs) for item in self._chain) and trains and evaluator is not None:
             evaluator.train(self.model, self, max_steps=max_steps, max_epochs=max_epochs)
         self.finish()
         return self.result()
@@ -203,17 +208,25 @@ class Compressor(ABC):
         return loss
 
     def before_step(self) -> None:
-        """With the gradients complete and the parameters still old."""
+        """With the gradients complete and the parameters still old.
+
+        In a training loop of your own call it before ``optimizer.step()``; left out, :meth:`step` makes up for it, with
+        the same gradients and parameters that are a step further.
+        """
         for item in self._chain:
+            item._gradients_seen = True
             item.on_gradients()
 
     def after_step(self) -> None:
         """With the parameters new."""
         for item in self._chain:
+            item._gradients_seen = False
             item.on_step()
 
     def step(self) -> None:
-        """Call it after ``optimizer.step()`` in a training loop of your own."""
+        """Call it after ``optimizer.step()`` in a training loop of your own, before the gradients are forgotten."""
+        if not self._gradients_seen:
+            self.before_step()
         self.after_step()
 
     def finish(self) -> None:
@@ -223,6 +236,10 @@ class Compressor(ABC):
 
     def on_start(self) -> None:  # noqa: B027 - an algorithm takes part only where it wants to
         """Before training."""
+
+    def on_train(self, max_steps: int | None, max_epochs: int | None) -> bool:
+        """Run the training in a way of one's own and return True; False leaves it to one run of the evaluator."""
+        return False
 
     def on_loss(self, loss: Tensor, batch: Any) -> Tensor:
         """The loss of one forward pass; add a term and return it."""
@@ -236,6 +253,38 @@ class Compressor(ABC):
 
     def on_finish(self) -> None:  # noqa: B027
         """After training."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all fused compressors know by now: tensors, numbers and strings, for ``torch.save``.
+
+        To go on after a crash, save it beside the model's and the optimizer's own, build all of them anew, load all
+        three, and go on training without :meth:`start`.
+        """
+        return {"compressors": [(type(item).__name__, item.own_state()) for item in self._chain]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, in compressors made in the same way.
+
+        Raises:
+            CheckpointError: it was saved by other compressors.
+        """
+        names = [type(item).__name__ for item in self._chain]
+        saved = [name for name, _ in state["compressors"]]
+        if saved != names:
+            raise CheckpointError(
+                f"it was saved by {', '.join(saved)}, and these are {', '.join(names)}",
+                where="load_state_dict",
+                remedy="Make the same compressors in the same order first.",
+            )
+        for item, (_, own) in zip(self._chain, state["compressors"], strict=True):
+            item.load_own_state(own)
+
+    def own_state(self) -> dict[str, Any]:
+        """What this compressor adds to :meth:`state_dict`; nothing unless an algorithm has a state."""
+        return {}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take over what :meth:`own_state` gave."""
 
     @abstractmethod
     def result(self) -> Any:

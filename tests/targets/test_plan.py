@@ -53,7 +53,7 @@ def test_rows_say_what_happens_to_each_target():
         ({"sparse_ratio": 0.5, "granularity": [2, -1, -1, -1]}, "prune", 2, ""),
         ({"sparse_ratio": 0.5, "global_group_id": 1}, "prune", None, ""),
         ({"sparse_threshold": 0.5}, "prune", None, ""),
-        ({"max_sparse_ratio": 0.5}, "nothing", 0, "no sparse_ratio or sparse_threshold is set"),
+        ({"max_sparse_ratio": 0.5}, "nothing", 0, "no sparse_ratio, sparse_threshold or sparse_pattern is set"),
         ({"sparse_ratio": 0.5, "granularity": [-1, -1, -1, -1]}, "nothing", 0, "is a single block"),
     ],
 )
@@ -232,7 +232,7 @@ def test_a_known_coupling_saves_a_run():
             r"config_list\[0\]\['granularity'\] on 0\.weight: .*divide",
         ),
         ({"granularity": [1] * 5}, InvalidValueError, r"on 0\.weight: .*more dimensions"),
-        ({"target_names": ["weight", "_input_"]}, ConflictError, r"config_list\[0\] on 0\._input_0: .*Set align"),
+        ({"target_names": ["weight", "_input_"]}, ConflictError, r"config_list\[0\] on 0\._input_0: .*set align"),
     ],
 )
 def test_a_setting_that_does_not_fit_names_the_place(config, error, words):

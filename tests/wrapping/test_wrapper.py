@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from tersor.errors import ConflictError, MaskError, UnmatchedError, WrapError
+from tersor.targets.activations import replace_output
 from tersor.wrapping import Mask, ModelWrappers, TargetStack, is_wrapped
 from tersor.wrapping.stack import factorize
-from tersor.wrapping.wrapper import replace_output
 from tests.networks import IMAGE, Plain
 
 

@@ -132,7 +132,7 @@ class Parsed(BaseModel):
 
 
 def _as_config(value: object) -> Any:
-    if isinstance(value, Parsed | Granularity | IntDtype):
+    if isinstance(value, Parsed | Granularity | Pattern | IntDtype):
         return value.as_config()
     return list(value) if isinstance(value, tuple) else value
 
@@ -188,6 +188,41 @@ class Align(Parsed):
     dims: Annotated[tuple[int, ...], PlainValidator(_dims)]
 
 
+@dataclass(frozen=True)
+class Pattern:
+    """N:M sparsity: ``keep`` of every ``of`` consecutive blocks along the input dimension stay.
+
+    >>> Pattern.parse("2:4")
+    Pattern(keep=2, of=4)
+    """
+
+    keep: int
+    of: int
+
+    @classmethod
+    def parse(cls, value: object) -> Pattern:
+        """Read ``"2:4"``.
+
+        Raises:
+            InvalidValueError: for anything else, or where it keeps none or all.
+        """
+        if isinstance(value, cls):
+            return value
+        keep, _, of = value.partition(":") if isinstance(value, str) else ("", "", "")
+        if keep.isdecimal() and of.isdecimal() and 0 < int(keep) < int(of):
+            return cls(int(keep), int(of))
+        raise InvalidValueError(f"{value!r} is no pattern.", legal=["N:M with 0 < N < M, such as '2:4'"])
+
+    @property
+    def ratio(self) -> float:
+        """The share that it removes."""
+        return (self.of - self.keep) / self.of
+
+    def as_config(self) -> str:
+        """What `parse` reads back."""
+        return f"{self.keep}:{self.of}"
+
+
 def _align(value: object) -> Align:
     return value if isinstance(value, Align) else Align.parse(cast("Mapping[str, Any]", value))
 
@@ -204,27 +239,35 @@ class PruningSpec(Spec):
         max_sparse_ratio: at most this share of the target is removed.
         min_sparse_ratio: at least this share of the target is removed.
         sparse_threshold: remove what scores below it, in place of a ratio.
+        sparse_pattern: ``"2:4"`` keeps two of every four consecutive elements along the input dimension, in place of a
+            ratio.
         global_group_id: targets of one group share one ratio, spread as the scores demand.
         dependency_group_id: targets of one group share one mask.
         granularity: the block that lives or dies together.
         internal_metric_block: split the blocks into this many runs and prune each alike (groups of a convolution).
+        balance_granularity: a block, as for `granularity`; each of these loses the same share (``[1, 4]``: of every four
+            consecutive elements; ``[[1], "back", -1]``: of every row).
+        rho: weight of the penalty of :class:`tersor.pruning.ADMMPruner`, the only one to use it.
         align: take the mask from another target.
         apply_method: ``mul`` zeroes what is masked, ``add`` adds `apply_value` there, ``bypass`` does nothing.
         apply_value: what ``add`` adds; for what feeds a softmax.
     """
 
-    rivals: ClassVar[frozenset[str]] = frozenset({"sparse_ratio", "sparse_threshold", "align"})
+    rivals: ClassVar[frozenset[str]] = frozenset({"sparse_ratio", "sparse_threshold", "sparse_pattern", "align"})
 
     sparse_ratio: Ratio | None = None
     max_sparse_ratio: Ratio | None = None
     min_sparse_ratio: Ratio | None = None
     sparse_threshold: Annotated[float, PlainValidator(partial(values.number, kind="threshold"))] | None = None
+    sparse_pattern: Annotated[Pattern, PlainValidator(Pattern.parse)] | None = None
     global_group_id: Group | None = None
     dependency_group_id: Group | None = None
     granularity: GranularityField | None = None
     internal_metric_block: (
         Annotated[int, PlainValidator(partial(values.whole, kind="number of blocks", low=1))] | None
     ) = None
+    balance_granularity: GranularityField | None = None
+    rho: Annotated[float, PlainValidator(partial(values.number, kind="weight of a penalty", low=0))] | None = None
     align: Annotated[Align, PlainValidator(_align)] | None = None
     apply_method: Annotated[Literal["bypass", "mul", "add"], _one_of("bypass", "mul", "add")] | None = None
     apply_value: Annotated[float, PlainValidator(values.negative)] = -1000.0
@@ -234,12 +277,26 @@ class PruningSpec(Spec):
         rivals = [name for name in type(self).model_fields if name in self.rivals and getattr(self, name) is not None]
         if len(rivals) > 1:
             raise ConflictError(f"{' and '.join(map(repr, rivals))} exclude each other.", remedy="Keep one of them.")
+        parts = [
+            n
+            for n in ("sparse_pattern", "balance_granularity", "internal_metric_block")
+            if getattr(self, n) is not None
+        ]
+        if len(parts) > 1:
+            raise ConflictError(
+                f"{' and '.join(map(repr, parts))} both say what is balanced.", remedy="Keep one of them."
+            )
         low, high = self.min_sparse_ratio, self.max_sparse_ratio
         if low is not None and high is not None and low > high:
             raise ConflictError(
                 f"min_sparse_ratio {low} is above max_sparse_ratio {high}.", remedy="Swap them, or leave one out."
             )
         return self
+
+    @property
+    def ratio(self) -> float | None:
+        """The share to remove, be it given as such or by a pattern."""
+        return self.sparse_ratio if self.sparse_pattern is None else self.sparse_pattern.ratio
 
 
 QUANT_METHODS = (

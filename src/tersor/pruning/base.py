@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tersor.compressor import Compressor
 from tersor.config import PruningSpec
-from tersor.errors import ConfigError, MaskError
+from tersor.config.values import is_activation
+from tersor.errors import ConfigError, ConflictError, MaskError
 from tersor.graph.coupling import Masks
 from tersor.pruning.align import align, expanded
-from tersor.pruning.decision import decide, masks_of_readers
+from tersor.pruning.decision import RatioNow, as_asked, decide, masks_of_readers
+from tersor.pruning.equivalent import masks_of_weights
 from tersor.pruning.sparsity import Sparsity, measure_sparsity
 from tersor.storage import load_masks
+from tersor.targets.activations import values_at
 from tersor.targets.choices import choices
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
+from tersor.training.ranks import of_first_process
 from tersor.wrapping.stack import as_bool, compact
 
 
@@ -35,6 +41,8 @@ class Pruner(Compressor):
     """
 
     mode = "pruning"
+    penalizes: ClassVar[bool] = False
+    """Whether it adds a penalty to the loss, whose weight ``rho`` in the config list may say."""
 
     @abstractmethod
     def score(self, values: Tensor, blocks: Blocks) -> Tensor:
@@ -49,12 +57,38 @@ class Pruner(Compressor):
         """
 
     def collect(self) -> dict[str, Tensor]:
-        """The values to score for each target: its latent parameter. Overridden where data or gradients are needed."""
-        return {target.name: self._latent(target) for target in self._scored()}
+        """The values to score for each target, by its name.
+
+        A parameter's are its latent values; an input's or output's what passes in a run on the example inputs.
+        Overridden where data or gradients are needed.
+        """
+        activations = [target.place for target in self._scored() if is_activation(target.config.target_name)]
+        passed = values_at(self.model, self.example_inputs, activations) if activations else {}
+        return {t.name: passed[t.place] if t.place in passed else self._latent(t) for t in self._scored()}
+
+    def importance(self) -> dict[str, Tensor]:
+        """One score for each block of each target, by its name: :meth:`collect`, then :meth:`score`.
+
+        Overridden where targets are not scored one by one.
+        """
+        collected = self.collect()
+        scores: dict[str, Tensor] = {}
+        for target in self._scored():
+            assert target.blocks is not None
+            values = collected[target.name]
+            blocks = target.blocks
+            if is_activation(target.config.target_name):  # its values may be those of several samples
+                blocks = Blocks((len(values), *blocks.shape[1:]), (len(values), *blocks.block[1:]))
+            scores[target.name] = self.score(values, blocks)
+        return scores
+
+    def gather(self) -> None:
+        """Train for as long as the scores need it; a schedule calls it before each of its rounds."""
 
     def on_start(self) -> None:
-        """Prune before the first step; schedules override this."""
-        self._prune()
+        """Prune before the first step."""
+        self.gather()
+        self.prune()
 
     def result(self) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
         """The wrapped model and its masks."""
@@ -67,28 +101,52 @@ class Pruner(Compressor):
             EmptyLayerError: a layer would be left without anything.
             ConfigError: nothing at all would be pruned.
         """
-        self._prune()
+        self.prune()
         return self.get_masks()
 
-    def _prune(self) -> None:
-        targets = self._scored()
-        if not targets:
+    def prune(self, ratio_now: RatioNow = as_asked) -> None:
+        """Collect, score, allocate, mask; the masks are applied at once.
+
+        Args:
+            ratio_now: what each ratio and threshold of the config list is at this point of a schedule.
+
+        Raises:
+            EmptyLayerError: a layer would be left without anything.
+            ConfigError: nothing at all would be pruned.
+        """
+        with torch.no_grad():
+            self.refuse_nothing()
+            keep = decide(choices(self.plan.targets), self.importance(), ratio_now)
+            self.apply_decision({name: of_first_process(own) for name, own in keep.items()})
+
+    def refuse_nothing(self) -> None:
+        """Raise where the config list comes to nothing on this model.
+
+        Raises:
+            ConfigError: naming the reasons.
+        """
+        if not self._scored():
             reasons = sorted({f"{row.module}.{row.target}: {row.reason}" for row in self.plan.rows if row.reason})
             raise ConfigError("nothing would be pruned", where="config_list", remedy="; ".join(reasons[:5]))
-        with torch.no_grad():
-            collected = self.collect()
-            scores = {t.name: self.score(collected[t.name], t.blocks) for t in targets if t.blocks is not None}
-            keep = decide(choices(self.plan.targets), scores)
+
+    def apply_decision(self, keep: Mapping[str, Tensor]) -> None:
+        """Mask what does not live, and what follows from it.
+
+        Args:
+            keep: one bool for each block, by the name of the target.
+        """
         masks: dict[str, dict[str, Tensor]] = {}
-        for target in targets:
+        for target in self._scored():
             assert target.blocks is not None
-            mask = target.blocks.expand_compact(keep[target.name])
+            mask = target.blocks.expand_compact(keep[target.name].view(target.blocks.grid))
             masks.setdefault(target.config.module_name, {})[target.config.target_name] = mask
-        for module, readers in masks_of_readers(targets, keep).items():
-            for name, mask in readers.items():
+        align(self.plan.targets, masks, self._shape)
+        followers = [masks_of_readers(self._scored(), keep)]
+        followers += [masks_of_weights(target, masks) for target in self._scored()]
+        for module, targets in (item for follower in followers for item in follower.items()):
+            for name, mask in targets.items():
                 own = masks.setdefault(module, {}).get(name)
                 masks[module][name] = mask if own is None else own & mask.to(own.device)
-        align(self.plan.targets, masks, self._shape)
         self._apply(masks)
 
     def get_masks(self, *, completed: bool = False) -> dict[str, dict[str, Tensor]]:
@@ -134,11 +192,25 @@ class Pruner(Compressor):
                 applied.setdefault(target.config.module_name, {})[target.config.target_name] = mask.product()
         return measure_sparsity(self.plan, self._merged(), applied)
 
+    def own_state(self) -> dict[str, Any]:
+        """The masks that this pruner made."""
+        return {"masks": self._own_masks}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Apply the masks of :meth:`own_state`."""
+        self._apply(state["masks"])
+
     def _wrap_targets(self) -> None:
         self._own_masks: dict[str, dict[str, Tensor]] = {}
         for target in self.plan.targets:
             spec = target.config.spec
             assert isinstance(spec, PruningSpec)
+            if spec.rho is not None and not self.penalizes:
+                raise ConflictError(
+                    f"{type(self).__name__} has no penalty",
+                    where=f"{target.config.where}['rho'] on {target.name}",
+                    remedy="Leave it out, or use ADMMPruner.",
+                )
             mask = self.wrappers.mask(target.config.module_name, target.config.target_name)
             mask.method = spec.apply_method or "mul"
             mask.value = spec.apply_value

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tersor.config import PruningSpec
+from tersor.errors import ConflictError
 from tersor.pruning.allocation import Request, allocate
 from tersor.targets.choices import Choices, Part
 from tersor.targets.planned import PlannedTarget
 
+RatioNow = Callable[[float], float]
+"""What a ratio of the config list comes to at this point of a schedule."""
 
-def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+
+def as_asked(ratio: float) -> float:
+    """The whole ratio at once."""
+    return ratio
+
+
+def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor], ratio_now: RatioNow = as_asked) -> dict[str, Tensor]:
     """Which blocks of each target live.
 
     A choice is worth the mean score of its blocks, those of all its targets alike. Ratios, thresholds and budgets count
@@ -23,6 +33,7 @@ def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor]) -> dict[str, T
     Args:
         sets: what is decided on.
         scores: one for each block, by the name of the target.
+        ratio_now: what each sparse ratio, least ratio and threshold is now.
 
     Returns:
         one bool for each block, flat, by the name of the target; what belongs to no choice lives.
@@ -37,13 +48,13 @@ def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor]) -> dict[str, T
         group = _group(parts, named)
         blocks = sum(part.width for part in parts)
         # Allocation takes the mean over targets: the factor makes it one over blocks.
-        requests += [_request(part, scores[str(part)], len(parts) / blocks, group) for part in parts]
+        requests += [_request(part, scores[str(part)], len(parts) / blocks, group, ratio_now) for part in parts]
     kept = allocate(requests)
     keep = {name: torch.ones(own.numel(), dtype=torch.bool, device=own.device) for name, own in scores.items()}
     for parts in sets:
         for part in parts:
             if part.blocks is None:
-                keep[str(part)] = kept[part].flatten()
+                keep[str(part)][_order(part, kept[part].device)] = kept[part].flatten()
             else:
                 keep[str(part)][torch.from_numpy(part.blocks).to(kept[part].device)] = kept[part][:, None]
     return keep
@@ -87,22 +98,38 @@ def _group(parts: Choices, named: set[str]) -> str | None:
     return name
 
 
-def _request(part: Part, scores: Tensor, factor: float, group: str | None) -> Request:
+def _request(part: Part, scores: Tensor, factor: float, group: str | None, ratio_now: RatioNow) -> Request:
     spec = part.target.config.spec
     assert isinstance(spec, PruningSpec)
     if part.blocks is not None:
+        if part.target.banks is not None:
+            raise ConflictError(
+                "its blocks leave in runs or with others, so that equal shares of each part cannot be removed",
+                where=f"{part.target.config.where} on {part}",
+                remedy="Leave out the balance, or choose a granularity of single elements.",
+            )
         blocks = torch.from_numpy(part.blocks).to(scores.device)
         wide = scores.flatten().to(torch.promote_types(scores.dtype, torch.float32))
         scores = wide[blocks].sum(1) * factor
+    elif part.target.banks is not None:
+        scores = part.target.banks.split(scores.reshape(part.target.banks.shape)).flatten()
     return Request(
         key=part,
         scores=scores,
         block_numel=part.weight,
-        ratio=spec.sparse_ratio,
-        threshold=spec.sparse_threshold,
-        min_ratio=spec.min_sparse_ratio,
+        ratio=None if spec.ratio is None else ratio_now(spec.ratio),
+        threshold=None if spec.sparse_threshold is None else ratio_now(spec.sparse_threshold),
+        min_ratio=None if spec.min_sparse_ratio is None else ratio_now(spec.min_sparse_ratio),
         max_ratio=spec.max_sparse_ratio,
         global_group=spec.global_group_id,
         dependency_group=group,
-        internal_block=spec.internal_metric_block,
+        internal_block=part.target.parts,
     )
+
+
+def _order(part: Part, device: torch.device) -> Tensor | slice:
+    """Where the blocks stand in the grid, in the order in which they were requested."""
+    banks = part.target.banks
+    if banks is None:
+        return slice(None)
+    return banks.split(torch.arange(math.prod(banks.shape), device=device).view(banks.shape)).flatten()

@@ -54,7 +54,7 @@ def measure_sparsity(plan: Plan, own: Masks, applied: Masks) -> list[Sparsity]:
         removed = _removed(target, mask)
         share = 0.0 if simulated is None else float((~simulated).double().mean())
         reason = target.frozen or ("" if mask is None else _why_less(spec, row, removed, short))
-        found.append(Sparsity(target.name, spec.sparse_ratio, target.blocks.count, removed, share, reason))
+        found.append(Sparsity(target.name, spec.ratio, target.blocks.count, removed, share, reason))
     return found
 
 
@@ -72,12 +72,13 @@ def _removed(target: PlannedTarget, mask: Tensor | None) -> int:
 def _why_less(spec: PruningSpec, row: PlanRow, removed: int, short: dict[str, str]) -> str:
     if spec.global_group_id is not None:
         return short.get(spec.global_group_id, "")
-    if spec.sparse_ratio is None or row.blocks is None:
+    if spec.ratio is None or row.blocks is None:
         return ""
-    if removed >= max(removed_count(spec.sparse_ratio, row.blocks), 1 if spec.sparse_ratio else 0):
+    if removed >= max(removed_count(spec.ratio, row.blocks), 1 if spec.ratio else 0):
         return ""
-    limits = ("max_sparse_ratio", "internal_metric_block", "dependency_group_id")
-    given = [f"{name} {value}" for name in limits if (value := getattr(spec, name)) is not None]
+    limits = ("max_sparse_ratio", "internal_metric_block", "balance_granularity", "dependency_group_id")
+    asked = spec.as_config()
+    given = [f"{name} {asked[name]}" for name in limits if name in asked]
     return row.reason or (f"limited by {' and '.join(given)}" if given else "")
 
 
@@ -94,7 +95,7 @@ def _short_groups(plan: Plan, own: Masks) -> dict[str, str]:
         if not members:
             continue
         weights = [(parts[0].count, sum(part.weight for part in parts)) for parts in sets]
-        ratio = getattr(sets[0][0].target.config.spec, "sparse_ratio", None) or 0.0
+        ratio = getattr(sets[0][0].target.config.spec, "ratio", None) or 0.0
         asked = removed_count(ratio, sum(count * weight for count, weight in weights))
         removed = sum(_removed(t, _find(own, t)) * t.blocks.block_numel for t in members if t.blocks)
         if asked - removed >= sum(weight for _, weight in weights):

@@ -111,7 +111,7 @@ def _deciding_together(targets: Sequence[PlannedTarget]) -> list[list[PlannedTar
     for target in targets:
         spec = target.config.spec
         if target.decides and isinstance(spec, PruningSpec):
-            asked = (target.config.module_name, spec.sparse_ratio, spec.sparse_threshold, spec.global_group_id)
+            asked = (target.config.module_name, spec.ratio, spec.sparse_threshold, spec.global_group_id)
             groups.setdefault(spec.dependency_group_id or asked, []).append(target)
     found: list[list[PlannedTarget]] = []
     for key, members in groups.items():

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 from torch import nn
 
 from tersor.config import Granularity, Mode, parse_config_list
 from tersor.config.parse import ConfigList
+from tersor.config.values import is_activation
 from tersor.errors import UnmatchedError, nearest
 from tersor.graph.coupling import Coupling, coupling_of
 from tersor.graph.inputs import refuse_lazy
-from tersor.targets.planned import OUT_CHANNEL, PlannedTarget, plan_target
-from tersor.targets.resolve import resolve_targets
+from tersor.targets.activations import Place, values_at
+from tersor.targets.planned import OUT_CHANNEL, PlannedTarget, place, plan_target
+from tersor.targets.resolve import TargetConfig, resolve_targets
 from tersor.targets.rows import PlanRow, plan_rows, rows_table
 
 
@@ -135,9 +138,28 @@ def make_plan(
     mode: Mode,
     coupling: Coupling | None,
     default_granularity: Granularity = OUT_CHANNEL,
+    default_balance: Granularity | None = None,
 ) -> Plan:
-    """As :func:`plan`, with a coupling that is known already and a compressor's own default granularity."""
+    """As :func:`plan`, with a coupling that is known already and a compressor's own defaults."""
     refuse_lazy(model)
     resolution = resolve_targets(model, parse_config_list(config_list, mode), mode)
-    targets = tuple(plan_target(target, coupling, default_granularity) for target in resolution.targets)
+    shapes = _activation_shapes(model, resolution.targets, coupling) if mode == "pruning" else {}
+    targets = tuple(
+        plan_target(target, coupling, default_granularity, balance=default_balance, shape=shapes.get(place(target)))
+        for target in resolution.targets
+    )
     return Plan(mode, targets, resolution.skipped, coupling)
+
+
+def _activation_shapes(
+    model: nn.Module, targets: Iterable[TargetConfig], coupling: Coupling | None
+) -> dict[Place, torch.Size]:
+    """The shapes of the inputs and outputs that a pruner decides on; the model is run for them where there are any."""
+    places = [
+        place(target)
+        for target in targets
+        if is_activation(target.target_name) and getattr(target.spec, "align", None) is None
+    ]
+    if not places or coupling is None:
+        return {}
+    return {found: value.shape for found, value in values_at(model, coupling.example_inputs, places).items()}

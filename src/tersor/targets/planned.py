@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tersor.config import Granularity, PruningSpec
-from tersor.errors import ConfigError, ConflictError
+from tersor.config.values import is_activation
+from tersor.errors import ConfigError, ConflictError, InvalidValueError
 from tersor.graph.coupling import Coupling
-from tersor.targets.channels import channel_dims
+from tersor.targets.activations import Place
+from tersor.targets.channels import activation_channel_dim, channel_dims
 from tersor.targets.granularity import Blocks, block_of
 from tersor.targets.resolve import TargetConfig
 
@@ -25,7 +29,9 @@ class PlannedTarget:
 
     Attributes:
         config: module, target name and spec.
-        blocks: how a pruned parameter is cut into blocks; None for inputs, outputs and other modes.
+        blocks: how a pruned target is cut into blocks; None where its mask comes from elsewhere, and in other modes. Of an
+            input or output the first dimension, the samples, has size 1 here.
+        banks: how the grid of blocks is cut into parts that lose equally many; None where that is not asked for.
         stays: which blocks cannot leave, bool, one a block; None where all can, or none can.
         why: why those cannot, or why none can; None where all can.
         classes: the classes of each block, shape (blocks, classes of one), where blocks are whole slices along one
@@ -35,6 +41,7 @@ class PlannedTarget:
 
     config: TargetConfig
     blocks: Blocks | None = None
+    banks: Blocks | None = None
     stays: Tensor | None = None
     why: str | None = None
     classes: np.ndarray | None = None
@@ -46,9 +53,21 @@ class PlannedTarget:
         return qualified(self.config)
 
     @property
+    def place(self) -> Place:
+        """Module and target name."""
+        return place(self.config)
+
+    @property
     def frozen(self) -> str | None:
         """Why none of its blocks can leave; None where at least one can."""
         return self.why if self.stays is None else None
+
+    @property
+    def parts(self) -> int:
+        """The number of equal parts of its blocks of which each loses equally many."""
+        if self.banks is not None:
+            return self.banks.count
+        return getattr(self.config.spec, "internal_metric_block", None) or 1
 
     @property
     def decides(self) -> bool:
@@ -59,49 +78,124 @@ class PlannedTarget:
             and self.blocks is not None
             and self.frozen is None
             and spec.align is None
-            and (spec.sparse_ratio, spec.sparse_threshold, spec.min_sparse_ratio) != (None, None, None)
+            and (spec.ratio, spec.sparse_threshold, spec.min_sparse_ratio) != (None, None, None)
         )
 
 
-def plan_target(target: TargetConfig, coupling: Coupling | None, default: Granularity) -> PlannedTarget:
+def plan_target(
+    target: TargetConfig,
+    coupling: Coupling | None,
+    default: Granularity,
+    *,
+    balance: Granularity | None = None,
+    shape: torch.Size | None = None,
+) -> PlannedTarget:
     """Cut a target into blocks, and ask the graph which of them cannot leave.
 
     Args:
         target: what the config list says of it.
         coupling: what depends on what; None where that is not known.
         default: the compressor's own granularity.
+        balance: its own way to balance, where the config list has none.
+        shape: of an input or output.
 
     Raises:
-        ConflictError: an input or output without ``align``.
+        ConflictError: an input or output without a ratio or ``align``, or whose shape is not known.
         InvalidValueError: a granularity that does not fit the tensor.
     """
     spec = target.spec
     if not isinstance(spec, PruningSpec) or spec.align is not None:
         return PlannedTarget(target)
-    if target.target_name.startswith("_"):
-        raise ConflictError(
-            "an input or output takes its mask from another target",
-            where=f"{target.where} on {qualified(target)}",
-            remedy="Set align: {'target_name': 'weight', 'dims': [0]} for it in target_settings.",
-        )
+    if is_activation(target.target_name):
+        blocks = _activation_blocks(target, spec, default, shape)
+        return PlannedTarget(target, blocks, _banks(target, spec, blocks, None))
     tensor = getattr(target.module, target.target_name)
-    granularity = spec.granularity or default
-    if granularity.name == "default":
-        granularity = default
+    granularity = _granularity(spec, default)
     out_dim, in_dim = channel_dims(target.module, target.target_name, tensor.dim())
+    blocks = _blocks(target, granularity, tensor.shape, out_dim=out_dim, in_dim=in_dim)
+    if blocks.count == 1:
+        return PlannedTarget(target, blocks, why="is a single block, and one has to stay")
+    banks = _banks(target, spec, blocks, in_dim, balance)
+    if coupling is None or _single_elements(granularity):
+        return PlannedTarget(target, blocks, banks)
+    classes = _classes(qualified(target), blocks, coupling)
+    if classes is None:
+        return PlannedTarget(target, blocks, banks)
+    return PlannedTarget(target, blocks, banks, *_what_stays(classes, coupling), classes, coupling)
+
+
+def _granularity(spec: PruningSpec, default: Granularity) -> Granularity:
+    return default if spec.granularity is None or spec.granularity.name == "default" else spec.granularity
+
+
+def _blocks(target: TargetConfig, granularity: Granularity, shape: Sequence[int], **dims: Any) -> Blocks:
     try:
-        blocks = Blocks(tuple(tensor.shape), block_of(granularity, tensor.shape, out_dim=out_dim, in_dim=in_dim))
+        return Blocks(tuple(shape), block_of(granularity, shape, **dims))
     except ConfigError as error:
         where = f"{target.where}['granularity'] on {qualified(target)}"
         raise type(error)(error.what, where=where, legal=error.legal, remedy=error.remedy) from None
-    if blocks.count == 1:
-        return PlannedTarget(target, blocks, why="is a single block, and one has to stay")
-    if coupling is None or _single_elements(granularity):
-        return PlannedTarget(target, blocks)
-    classes = _classes(qualified(target), blocks, coupling)
-    if classes is None:
-        return PlannedTarget(target, blocks)
-    return PlannedTarget(target, blocks, *_what_stays(classes, coupling), classes, coupling)
+
+
+def _activation_blocks(
+    target: TargetConfig, spec: PruningSpec, default: Granularity, shape: torch.Size | None
+) -> Blocks:
+    where = f"{target.where} on {qualified(target)}"
+    if (spec.ratio, spec.sparse_threshold, spec.min_sparse_ratio) == (None, None, None):
+        raise ConflictError(
+            "an input or output has neither a ratio of its own nor another target to follow",
+            where=where,
+            remedy="Set align: {'target_name': 'weight', 'dims': [0]} for it in target_settings, or a sparse_ratio.",
+        )
+    if shape is None or len(shape) < 2:
+        raise ConflictError(
+            "the shape of this input or output is not known" if shape is None else f"{tuple(shape)} has no channels",
+            where=where,
+            remedy="Give example_inputs that reach this module, or take the mask from another target: set align in "
+            "target_settings.",
+        )
+    channel_dim = activation_channel_dim(target.module, len(shape))
+    channel_dim = (1 if len(shape) in (2, 4, 5) else len(shape) - 1) if channel_dim is None else channel_dim
+    granularity = _granularity(spec, default)
+    if granularity.name in ("out_channel", "in_channel"):
+        granularity = Granularity(name="per_channel")
+    one = (1, *shape[1:])
+    return _blocks(target, granularity, one, out_dim=None, in_dim=None, channel_dim=channel_dim)
+
+
+def _banks(
+    target: TargetConfig,
+    spec: PruningSpec,
+    blocks: Blocks,
+    in_dim: int | None,
+    balance: Granularity | None = None,
+) -> Blocks | None:
+    """How the grid of blocks is cut into the parts that a pattern or a balance asks for."""
+    if spec.sparse_pattern is not None:
+        key, size = "sparse_pattern", spec.sparse_pattern.of
+        if in_dim is None:
+            raise ConflictError(
+                "a pattern runs along the input dimension of a weight, and this target has none",
+                where=f"{target.where}['{key}'] on {qualified(target)}",
+                remedy="Use sparse_ratio with balance_granularity.",
+            )
+        bank = tuple(size if dim == in_dim else 1 for dim in range(len(blocks.grid)))
+    elif (asked := spec.balance_granularity or (None if spec.internal_metric_block else balance)) is not None:
+        key = "balance_granularity"
+        sizes = block_of(asked, blocks.shape, out_dim=0, in_dim=in_dim)
+        if any(size % part for size, part in zip(sizes, blocks.block, strict=True)):
+            raise InvalidValueError(
+                f"{sizes} is no multiple of the block {blocks.block}",
+                where=f"{target.where}['{key}'] on {qualified(target)}",
+                remedy="Balance over whole blocks of the granularity.",
+            )
+        bank = tuple(size // part for size, part in zip(sizes, blocks.block, strict=True))
+    else:
+        return None
+    try:
+        return Blocks(blocks.grid, bank)
+    except ConfigError as error:
+        where = f"{target.where}['{key}'] on {qualified(target)}"
+        raise type(error)(error.what, where=where, legal=error.legal, remedy=error.remedy) from None
 
 
 def _single_elements(granularity: Granularity) -> bool:
@@ -127,3 +221,8 @@ def _what_stays(classes: np.ndarray, coupling: Coupling) -> tuple[Tensor | None,
 def qualified(target: TargetConfig) -> str:
     """``module.target``."""
     return f"{target.module_name}.{target.target_name}" if target.module_name else target.target_name
+
+
+def place(target: TargetConfig) -> Place:
+    """Module and target name."""
+    return target.module_name, target.target_name

@@ -249,10 +249,10 @@ def _check_groups(targets: Iterable[TargetConfig]) -> None:
             continue
         other = first.setdefault(spec.global_group_id, target)
         assert isinstance(other.spec, PruningSpec)
-        if spec.sparse_ratio != other.spec.sparse_ratio:
+        if spec.ratio != other.spec.ratio:
             raise ConflictError(
-                f"sparse_ratio {spec.sparse_ratio} of global_group_id {spec.global_group_id!r} meets"
-                f" {other.spec.sparse_ratio} from {other.where}.",
+                f"sparse_ratio {spec.ratio} of global_group_id {spec.global_group_id!r} meets"
+                f" {other.spec.ratio} from {other.where}.",
                 where=target.where,
                 remedy="Give all targets of a group one ratio; min_ and max_sparse_ratio limit single ones.",
             )

@@ -84,7 +84,7 @@ def _pruning_action(target: PlannedTarget, spec: PruningSpec, sets: Sequence[Cho
     if target.frozen:
         return "nothing", 0, target.frozen
     if not target.decides or target.blocks is None:
-        return "nothing", 0, "no sparse_ratio or sparse_threshold is set"
+        return "nothing", 0, "no sparse_ratio, sparse_threshold or sparse_pattern is set"
     own = [(parts, part) for parts in sets for part in parts if part.target is target]
     free = sum(part.count * part.width for _, part in own)
     partly = ""
@@ -115,8 +115,8 @@ def _pruning_action(target: PlannedTarget, spec: PruningSpec, sets: Sequence[Cho
 def _ratio(parts: Choices) -> tuple[float, int]:
     """The ratio of a set of choices within its bounds, and the number of equal parts of which each loses that."""
     specs = [part.target.config.spec for part in parts]
-    shares = math.lcm(*(s.internal_metric_block or 1 for s in specs if isinstance(s, PruningSpec)))
-    asked = [max(s.sparse_ratio or 0.0, s.min_sparse_ratio or 0.0) for s in specs if isinstance(s, PruningSpec)]
+    shares = math.lcm(*(part.target.parts for part in parts))
+    asked = [max(s.ratio or 0.0, s.min_sparse_ratio or 0.0) for s in specs if isinstance(s, PruningSpec)]
     most = [1.0 if s.max_sparse_ratio is None else s.max_sparse_ratio for s in specs if isinstance(s, PruningSpec)]
     return min(max(asked), *most), shares
 

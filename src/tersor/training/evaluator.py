@@ -102,6 +102,13 @@ class Evaluator(ABC):
             TrainingError: what came back is not a number.
         """
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state of what trains: optimizers and schedulers; nothing where a framework keeps them to itself."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Put back what `state_dict` gave."""
+
     @property
     @abstractmethod
     def dummy_input(self) -> Any:

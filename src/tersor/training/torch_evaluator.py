@@ -223,6 +223,20 @@ class TorchEvaluator(Evaluator):
             remedy="Return one number: the one by which models are compared.",
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all optimizers and schedulers, in order; of the tensors no copies."""
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in listed(self._optimizers)],
+            "lr_schedulers": [scheduler.state_dict() for scheduler in listed(self._lr_schedulers)],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave; the optimizers keep the tensors that they are given."""
+        for optimizer, own in zip(listed(self._optimizers), state["optimizers"], strict=True):
+            optimizer.load_state_dict(own)
+        for scheduler, own in zip(listed(self._lr_schedulers), state["lr_schedulers"], strict=True):
+            scheduler.load_state_dict(own)
+
     @property
     def dummy_input(self) -> Any:
         """What was given; with `from_loader` else the inputs of the first batch."""

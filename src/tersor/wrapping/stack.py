@@ -19,9 +19,10 @@ ApplyMethod = Literal["bypass", "mul", "add"]
 class Stage(IntEnum):
     """Where a transform stands on its target. The order is the same for every combination of compressors."""
 
-    QUANTIZE = 0
-    MASK = 1
-    OBSERVE = 2
+    SCALE = 0
+    QUANTIZE = 1
+    MASK = 2
+    OBSERVE = 3
 
 
 class Transform(nn.Module, ABC):
@@ -32,6 +33,9 @@ class Transform(nn.Module, ABC):
     @abstractmethod
     def forward(self, value: Tensor) -> Tensor:
         """The simulated value."""
+
+    def fold(self, latent: Tensor) -> None:
+        """Leave in the latent parameter, in place, what is to stay there when the simulation ends."""
 
 
 class TargetStack(nn.Module):
@@ -75,6 +79,13 @@ class TargetStack(nn.Module):
             if transform is not None:
                 value = transform(value)
         return value
+
+    def fold(self, latent: Tensor) -> None:
+        """All transforms leave in the latent parameter what is to stay there."""
+        for stage in Stage:
+            transform = self.find(stage)
+            if transform is not None:
+                transform.fold(latent)
 
 
 class Mask(Transform):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +11,10 @@ from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from tersor.errors import UnmatchedError, WrapError, nearest
+from tersor.targets.activations import INPUT, OUTPUT, replace_input, replace_output
 from tersor.wrapping.stack import TargetStack
 
-INPUT, OUTPUT, WEIGHTS = "_input_", "_output_", "weights"
+WEIGHTS = "weights"
 
 
 class Wrapper:
@@ -139,6 +137,8 @@ class Wrapper:
             handle.remove()
         self._handles.clear()
         for target, stack in self._parameter_stacks():
+            with torch.no_grad():
+                stack.fold(self.tensor(target))
             applied = _parametrizations(self.module, target)
             if applied == [stack]:
                 parametrize.remove_parametrizations(self.module, target, leave_parametrized=False)
@@ -176,17 +176,9 @@ class _InputHook:
         self.stacks = dict(stacks)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        arguments, keywords = list(args), dict(kwargs)
-        names = list(inspect.signature(module.forward).parameters)
         for key, stack in self.stacks.items():
-            name = names[int(key)] if key.isdigit() and int(key) < len(names) else key
-            position = int(key) if key.isdigit() else names.index(key) if key in names else len(arguments)
-            holder: Any = keywords if name in keywords else arguments
-            place: Any = name if name in keywords else position
-            if holder is arguments and position >= len(arguments):
-                continue
-            holder[place] = _simulated(holder[place], stack)
-        return tuple(arguments), keywords
+            args, kwargs = replace_input(module, args, kwargs, key, lambda value, stack=stack: _simulated(value, stack))
+        return args, kwargs
 
 
 class _OutputHook:
@@ -210,33 +202,3 @@ def _simulated(value: Any, stack: TargetStack) -> Any:
         return value
     stack.shape = value.shape
     return stack(value)
-
-
-def replace_output(output: Any, key: str, function: Callable[[Any], Any]) -> Any:
-    """A copy of a module's output with one part changed; the output's own type is kept.
-
-    Args:
-        output: a tensor (key ``0``), a tuple, list or named tuple, a mapping, or a dataclass.
-        key: a position or a key or field name.
-        function: what to do with the addressed part.
-
-    >>> replace_output((1, None), "0", lambda value: value + 1)
-    (2, None)
-    """
-    if isinstance(output, Mapping):
-        name = key if key in output else list(output)[int(key)] if key.isdigit() else key
-        changed: Any = copy.copy(output)
-        changed[name] = function(output[name])
-        return changed
-    if isinstance(output, tuple) and hasattr(output, "_fields"):
-        fields: Any = output
-        name = fields._fields[int(key)] if key.isdigit() else key
-        return fields._replace(**{name: function(getattr(output, name))})
-    if isinstance(output, (tuple, list)):
-        parts = list(output)
-        parts[int(key)] = function(parts[int(key)])
-        return type(output)(parts)
-    if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        name = dataclasses.fields(output)[int(key)].name if key.isdigit() else key
-        return dataclasses.replace(output, **{name: function(getattr(output, name))})
-    return function(output) if key == "0" else output

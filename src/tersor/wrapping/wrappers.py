@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from tersor.errors import MaskError, UnmatchedError, WrapError, nearest
 from tersor.graph.inputs import named_tensors
+from tersor.targets.activations import INPUT, OUTPUT, Place
 from tersor.wrapping.stack import Mask, Stage, TargetStack, as_bool, check_shape
-from tersor.wrapping.wrapper import INPUT, OUTPUT, SIMULATION_HOOKS, Wrapper
-
-Place = tuple[str, str]
-"""Module name and target name."""
+from tersor.wrapping.wrapper import SIMULATION_HOOKS, Wrapper
 
 
 class ModelWrappers:

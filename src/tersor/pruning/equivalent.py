@@ -1,0 +1,46 @@
+"""Channels of an input or output that are masked, as the masks of the weights that they are computed with or read by."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from tersor.graph.coupling import Masks
+from tersor.targets.channels import activation_channel_dim, channel_dims
+from tersor.targets.planned import PlannedTarget
+
+
+def masks_of_weights(target: PlannedTarget, masks: Masks) -> dict[str, dict[str, Tensor]]:
+    """Masks of a module's parameters that compute the same as a mask on its input or output.
+
+    An output channel of a linear layer or a convolution is zero where its row of the weight and its bias are; an input
+    channel that is zero is as good as one that no weight reads. So channels that are masked there can be cut.
+
+    Args:
+        target: an input or output; for any other nothing follows.
+        masks: of which that of the target is looked at.
+
+    Returns:
+        ``{module: {parameter: mask}}``; nothing where the mask is not one of whole channels, or where it does not make
+        them zero.
+    """
+    module, (name, target_name) = target.config.module, target.place
+    mask = masks.get(name, {}).get(target_name)
+    multiplied = (getattr(target.config.spec, "apply_method", None) or "mul") == "mul"
+    if mask is None or not multiplied or not isinstance(module, (nn.Linear, _ConvNd)):
+        return {}
+    dim = activation_channel_dim(module, mask.dim())
+    if dim is None or any(size > 1 for other, size in enumerate(mask.shape) if other != dim):
+        return {}
+    out_dim, in_dim = channel_dims(module, "weight", module.weight.dim())
+    grouped = isinstance(module, _ConvNd) and module.groups > 1
+    if target_name == "_output_0" and not (grouped and isinstance(module, _ConvTransposeNd)):
+        found = {"weight": _along(mask, out_dim, module.weight.dim())}
+        return {name: found if module.bias is None else {**found, "bias": mask.flatten()}}
+    if target_name == "_input_0" and not grouped:
+        return {name: {"weight": _along(mask, in_dim, module.weight.dim())}}
+    return {}
+
+
+def _along(mask: Tensor, dim: int | None, rank: int) -> Tensor:
+    return mask.reshape([-1 if other == dim else 1 for other in range(rank)])
