@@ -245,8 +245,8 @@ class PruningSpec(Spec):
         dependency_group_id: targets of one group share one mask.
         granularity: the block that lives or dies together.
         internal_metric_block: split the blocks into this many runs and prune each alike (groups of a convolution).
-        balance_granularity: a block, as for `granularity`; each of these loses the same share (``[1, 4]``: of every four
-            consecutive elements; ``[[1], "back", -1]``: of every row).
+        balance_granularity: a block, as for `granularity`; each of these loses the same share (``[1, 4]``: of every
+            four consecutive elements; ``[[1], "back", -1]``: of every row).
         rho: weight of the penalty of :class:`tersor.pruning.ADMMPruner`, the only one to use it.
         align: take the mask from another target.
         apply_method: ``mul`` zeroes what is masked, ``add`` adds `apply_value` there, ``bypass`` does nothing.

@@ -1,4 +1,4 @@
-"""Channels of an input or output that are masked, as the masks of the weights that they are computed with or read by."""
+"""Masked channels of an input or output, as masks of the weights that compute or read them."""
 
 from __future__ import annotations
 

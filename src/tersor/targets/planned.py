@@ -29,8 +29,8 @@ class PlannedTarget:
 
     Attributes:
         config: module, target name and spec.
-        blocks: how a pruned target is cut into blocks; None where its mask comes from elsewhere, and in other modes. Of an
-            input or output the first dimension, the samples, has size 1 here.
+        blocks: how a pruned target is cut into blocks; None where its mask comes from elsewhere, and in other modes. Of
+            an input or output the first dimension, the samples, has size 1 here.
         banks: how the grid of blocks is cut into parts that lose equally many; None where that is not asked for.
         stays: which blocks cannot leave, bool, one a block; None where all can, or none can.
         why: why those cannot, or why none can; None where all can.
