@@ -48,8 +48,8 @@ class Compressor(ABC):
 
     mode: ClassVar[Mode]
     needs_training: ClassVar[bool] = False
-    default_granularity: ClassVar[Granularity] = OUT_CHANNEL
-    default_balance: ClassVar[Granularity | None] = None
+    default_granularity: Granularity = OUT_CHANNEL
+    default_balance: Granularity | None = None
 
     def __init__(
         self,
@@ -69,22 +69,33 @@ class Compressor(ABC):
         self.example_inputs = example_inputs.example_inputs if isinstance(example_inputs, Coupling) else example_inputs
         self.wrappers = previous.wrappers if previous else ModelWrappers(model)
         self._chain: list[Compressor] = previous._chain if previous else []  # one list, shared by all that are fused
-        with self.wrappers.detached():
-            coupling = previous.plan.coupling if previous else None
-            if coupling is None and example_inputs is not None:
-                coupling = coupling_of(model, example_inputs)
-            self.plan = make_plan(
-                model, config_list, self.mode, coupling, self.default_granularity, self.default_balance
-            )
+        self._config_list = config_list
         self._gradients_seen = False
+        self._plan_and_wrap(previous.plan.coupling if previous else None, example_inputs)
+        self._chain.append(self)
+
+    def _plan_and_wrap(self, coupling: Coupling | None, example_inputs: Any) -> None:
+        with self.wrappers.detached():
+            if coupling is None and example_inputs is not None:
+                coupling = coupling_of(self.model, example_inputs)
+            defaults = self.default_granularity, self.default_balance
+            self.plan = make_plan(self.model, self._config_list, self.mode, coupling, *defaults)
         self._refuse_overlap()
         try:
             self._wrap_targets()
         except Exception:
-            if previous is None:
+            if not self._chain:
                 self.wrappers.detach()
             raise
-        self._chain.append(self)
+
+    def wrap_anew(self) -> None:
+        """Plan and wrap again, when the model has been made small; nothing else may be fused."""
+        self.wrappers.detach()
+        self.wrappers = ModelWrappers(self.model)
+        fused = list(self._chain)
+        self._chain.clear()
+        self._plan_and_wrap(None, self.example_inputs)
+        self._chain.extend(fused)
 
     @classmethod
     def from_compressor(
@@ -257,8 +268,8 @@ class Compressor(ABC):
     def state_dict(self) -> dict[str, Any]:
         """What all fused compressors know by now: tensors, numbers and strings, for ``torch.save``.
 
-        To go on after a crash, save it beside the model's and the optimizer's own, build all of them anew, load all
-        three, and go on training without :meth:`start`.
+        To go on after a crash, save it beside the model's and the optimizer's own, build all of them anew, load this one
+        first (it wraps what was wrapped), then the model's and the optimizer's, and go on without :meth:`start`.
         """
         return {"compressors": [(type(item).__name__, item.own_state()) for item in self._chain]}
 

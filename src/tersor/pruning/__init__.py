@@ -1,9 +1,17 @@
 """Pruners, one file an algorithm; scores and sparsity allocation are pure functions."""
 
+from tersor.pruning.activation import ActivationAPoZRankPruner as ActivationAPoZRankPruner
+from tersor.pruning.activation import ActivationMeanRankPruner as ActivationMeanRankPruner
+from tersor.pruning.admm import ADMMPruner as ADMMPruner
+from tersor.pruning.agp import AGPPruner as AGPPruner
 from tersor.pruning.base import Pruner as Pruner
 from tersor.pruning.fpgm import FPGMPruner as FPGMPruner
 from tersor.pruning.level import LevelPruner as LevelPruner
+from tersor.pruning.linear import LinearPruner as LinearPruner
+from tersor.pruning.lottery import LotteryTicketPruner as LotteryTicketPruner
 from tersor.pruning.norm import L1NormPruner as L1NormPruner
 from tersor.pruning.norm import L2NormPruner as L2NormPruner
 from tersor.pruning.random import RandomPruner as RandomPruner
+from tersor.pruning.rounds import Round as Round
 from tersor.pruning.sparsity import Sparsity as Sparsity
+from tersor.pruning.taylor import TaylorPruner as TaylorPruner

@@ -192,6 +192,10 @@ class Pruner(Compressor):
                 applied.setdefault(target.config.module_name, {})[target.config.target_name] = mask.product()
         return measure_sparsity(self.plan, self._merged(), applied)
 
+    def own_masks(self) -> Masks:
+        """The masks that this pruner made, compact."""
+        return self._own_masks
+
     def own_state(self) -> dict[str, Any]:
         """The masks that this pruner made."""
         return {"masks": self._own_masks}
@@ -235,7 +239,7 @@ class Pruner(Compressor):
         """The masks that the fused pruners made, compact."""
         merged: dict[str, dict[str, Tensor]] = {}
         for pruner in self._chain:
-            for module, targets in pruner._own_masks.items() if isinstance(pruner, Pruner) else ():
+            for module, targets in pruner.own_masks().items() if isinstance(pruner, Pruner) else ():
                 for target, mask in targets.items():
                     known = merged.setdefault(module, {}).get(target)
                     merged[module][target] = mask if known is None else known & mask.to(known.device)

@@ -15,11 +15,11 @@ from tersor.pruning.allocation import Request, allocate
 from tersor.targets.choices import Choices, Part
 from tersor.targets.planned import PlannedTarget
 
-RatioNow = Callable[[float], float]
-"""What a ratio of the config list comes to at this point of a schedule."""
+RatioNow = Callable[[float, PlannedTarget], float]
+"""What a ratio (or threshold) of the config list comes to at this point of a schedule, for one target."""
 
 
-def as_asked(ratio: float) -> float:
+def as_asked(ratio: float, target: PlannedTarget) -> float:
     """The whole ratio at once."""
     return ratio
 
@@ -101,6 +101,10 @@ def _group(parts: Choices, named: set[str]) -> str | None:
 def _request(part: Part, scores: Tensor, factor: float, group: str | None, ratio_now: RatioNow) -> Request:
     spec = part.target.config.spec
     assert isinstance(spec, PruningSpec)
+
+    def now(asked: float | None) -> float | None:
+        return None if asked is None else ratio_now(asked, part.target)
+
     if part.blocks is not None:
         if part.target.banks is not None:
             raise ConflictError(
@@ -117,9 +121,9 @@ def _request(part: Part, scores: Tensor, factor: float, group: str | None, ratio
         key=part,
         scores=scores,
         block_numel=part.weight,
-        ratio=None if spec.ratio is None else ratio_now(spec.ratio),
-        threshold=None if spec.sparse_threshold is None else ratio_now(spec.sparse_threshold),
-        min_ratio=None if spec.min_sparse_ratio is None else ratio_now(spec.min_sparse_ratio),
+        ratio=now(spec.ratio),
+        threshold=now(spec.sparse_threshold),
+        min_ratio=now(spec.min_sparse_ratio),
         max_ratio=spec.max_sparse_ratio,
         global_group=spec.global_group_id,
         dependency_group=group,

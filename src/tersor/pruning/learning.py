@@ -67,6 +67,11 @@ class LearningPruner(Pruner):
         self._prunes_when_watched = False
         super().__init__(model, config_list, evaluator, example_inputs=example_inputs, previous=previous)
 
+    @property
+    def watched_steps(self) -> int:
+        """How many steps are watched before a decision."""
+        return self.training_steps
+
     @abstractmethod
     def begin(self) -> None:
         """Forget what was seen."""
@@ -76,12 +81,17 @@ class LearningPruner(Pruner):
         """One step's gradients are complete, the parameters still old."""
 
     def end(self) -> None:
-        """The last step has been seen."""
+        """No more steps are seen."""
 
     def watch(self) -> None:
-        """Watch the next ``training_steps`` steps of whatever training goes on."""
+        """Watch the next steps of whatever training goes on."""
         self.begin()
         self.collecting, self._watched = True, 0
+
+    def _stop(self) -> None:
+        if self.collecting:
+            self.collecting = False
+            self.end()
 
     def gather(self) -> None:
         """Train for the steps that are watched, with this pruner alone taking part.
@@ -92,7 +102,7 @@ class LearningPruner(Pruner):
         evaluator = self._trainer
         if evaluator is None:
             raise TrainingError(
-                f"{type(self).__name__} watches {self.training_steps} steps of training, and there is no evaluator",
+                f"{type(self).__name__} watches {self.watched_steps} steps of training, and there is no evaluator",
                 where="gather",
                 remedy="Give a TorchEvaluator, or run your own loop: start(), then loss(), before_step() and step().",
             )
@@ -100,11 +110,11 @@ class LearningPruner(Pruner):
             if self.restores:
                 back.callback(Snapshot(self.model, evaluator).restore)
             self.watch()
-            evaluator.train(self.model, _Alone(self), max_steps=self.training_steps)
-        if self.collecting:
-            self.collecting = False
+            back.callback(self._stop)
+            evaluator.train(self.model, _Alone(self), max_steps=self.watched_steps)
+        if self._watched < self.watched_steps:
             raise TrainingError(
-                f"it ended after {self._watched} of {self.training_steps} steps, over which scores are collected",
+                f"it ended after {self._watched} of {self.watched_steps} steps, over which scores are collected",
                 where="training_func",
                 remedy="Lower training_steps, or let the function train until max_steps.",
             )
@@ -128,9 +138,8 @@ class LearningPruner(Pruner):
         if not self.collecting:
             return
         self._watched += 1
-        if self._watched == self.training_steps:
-            self.collecting = False
-            self.end()
+        if self._watched == self.watched_steps:
+            self._stop()
             if self._prunes_when_watched:
                 self._prunes_when_watched = False
                 self.prune()

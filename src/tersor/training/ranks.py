@@ -14,6 +14,11 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that writes files."""
+    return processes() == 1 or dist.get_rank() == 0
+
+
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes, which must have the same shape and type on each.
 

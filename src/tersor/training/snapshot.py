@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tersor.training.evaluator import Evaluator
+
+_PARAMETRIZED = re.compile(r"parametrizations\.([^.]+)\.original$")
+"""What torch calls a parameter while it is parametrized; it goes by its own name."""
 
 
 class Snapshot:
@@ -30,15 +35,25 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, evaluator: Evaluator | None = None, *, buffers: bool = True) -> None:
-        tensors: list[Tensor] = [*model.parameters(), *(model.buffers() if buffers else ())]
-        self._tensors = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        tensors = [*model.named_parameters(), *(model.named_buffers() if buffers else ())]
+        self._tensors = {_PARAMETRIZED.sub(r"\1", name): tensor for name, tensor in tensors}
+        self._values = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
         self._evaluator = evaluator
         self._training: Any = None if evaluator is None else copy.deepcopy(evaluator.state_dict())
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back; it can be done again later."""
-        for tensor, value in self._tensors:
-            tensor.copy_(value)
+        for name, tensor in self._tensors.items():
+            tensor.copy_(self._values[name])
         if self._evaluator is not None:
             self._evaluator.load_state_dict(copy.deepcopy(self._training))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, for ``torch.save``."""
+        return {"values": self._values, "training": self._training}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Keep what :meth:`state_dict` of a snapshot of the same model gave; :meth:`restore` then goes back to that."""
+        self._values = {name: state["values"][name].to(tensor.device) for name, tensor in self._tensors.items()}
+        self._training = state["training"]

@@ -231,9 +231,13 @@ class TorchEvaluator(Evaluator):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave; the optimizers keep the tensors that they are given."""
+        """Put back what `state_dict` gave; what belongs to a parameter that has become smaller since is left out."""
         for optimizer, own in zip(listed(self._optimizers), state["optimizers"], strict=True):
             optimizer.load_state_dict(own)
+            for parameter in [*optimizer.state]:
+                values = optimizer.state[parameter].values()
+                if any(isinstance(of, Tensor) and of.dim() and of.shape != parameter.shape for of in values):
+                    del optimizer.state[parameter]
         for scheduler, own in zip(listed(self._lr_schedulers), state["lr_schedulers"], strict=True):
             scheduler.load_state_dict(own)
 
