@@ -14,6 +14,7 @@ from tersor.compressor import Compressor as Compressor
 from tersor.storage import load_masks as load_masks
 from tersor.storage import save_masks as save_masks
 from tersor.targets.dependency import auto_set_dependency_group_ids as auto_set_dependency_group_ids
+from tersor.targets.isomorphic import auto_set_isomorphic_group_ids as auto_set_isomorphic_group_ids
 from tersor.targets.plan import Plan as Plan
 from tersor.targets.plan import plan as plan
 from tersor.targets.settings import DistillationSetting as DistillationSetting

@@ -268,8 +268,8 @@ class Compressor(ABC):
     def state_dict(self) -> dict[str, Any]:
         """What all fused compressors know by now: tensors, numbers and strings, for ``torch.save``.
 
-        To go on after a crash, save it beside the model's and the optimizer's own, build all of them anew, load this one
-        first (it wraps what was wrapped), then the model's and the optimizer's, and go on without :meth:`start`.
+        To go on after a crash, save it beside the model's and the optimizer's own, build all of them anew, load this
+        one first (it wraps what was wrapped), then the model's and the optimizer's, and go on without :meth:`start`.
         """
         return {"compressors": [(type(item).__name__, item.own_state()) for item in self._chain]}
 

@@ -80,7 +80,7 @@ def test_other_activations(activation, function):
 
 
 def test_refusals():
-    with pytest.raises(InvalidValueError, match="'swish' is unknown.*relu6"):
+    with pytest.raises(InvalidValueError, match=r"'swish' is unknown.*relu6"):
         ActivationMeanRankPruner(network(), CONFIG, activation="swish")
     lstm = [{"op_types": ["LSTM"], "target_names": ["weight_ih_l0"], "sparse_ratio": 0.5}]
     with pytest.raises(InvalidValueError, match=r"0\.weight_ih_l0: the channels of a LSTM.*_output_0"):
@@ -89,7 +89,7 @@ def test_refusals():
     pruner = ActivationMeanRankPruner(model, [{"op_names": ["unused"], "sparse_ratio": 0.5}], training_steps=1)
     pruner.start()
     model(torch.ones(1, 4)).sum().backward()
-    with pytest.raises(TrainingError, match="unused.weight: nothing passed"):
+    with pytest.raises(TrainingError, match=r"unused\.weight: nothing passed"):
         pruner.step()
     pruner.unwrap_model()
 

@@ -75,7 +75,9 @@ def test_an_output_is_weighed_by_its_own_gradient():
     _, masks = pruner.compress()
     found = pruner.importance()["2._output_0"].flatten().double()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-9)
-    assert set((~masks["2"]["_output_0"]).flatten().nonzero().flatten().tolist()) == set(expected.argsort()[:4].tolist())
+    assert set((~masks["2"]["_output_0"]).flatten().nonzero().flatten().tolist()) == set(
+        expected.argsort()[:4].tolist()
+    )
     assert not model[2]._forward_hooks or len(model[2]._forward_hooks) == 1  # the mask's alone
     pruner.unwrap_model()
 

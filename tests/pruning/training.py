@@ -14,7 +14,15 @@ DATA = list(zip(X.split(4), Y.split(4), strict=True))
 
 
 def network():
-    layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 5))
+    layers = (
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+    )
     return randomize(nn.Sequential(*layers), seed=0)
 
 

@@ -126,6 +126,7 @@ class Rounds:
         self._cuts: list[Masks] = []
         self._kept: _Kept | None = None
         self._best_model: nn.Module | None = None
+        self._in_place = False
 
     def run(self, max_steps: int | None, max_epochs: int | None) -> None:
         """All rounds that are not done yet; the best one's model is in place afterwards, whatever happens.
@@ -151,6 +152,7 @@ class Rounds:
             if not self.done:
                 schedule.before_rounds(max_steps, max_epochs)
             while len(self.done) < schedule.total_times:
+                self._in_place = False
                 self._restart(fresh)
                 schedule.pruner.gather()
                 schedule.prune_now(self._left if self._cuts else None)
@@ -166,7 +168,7 @@ class Rounds:
 
     def result(self) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
         """The best round's model and masks; a model that was made small has no masks left."""
-        if self._best_model is not None:
+        if self._best_model is not None and not self._in_place:
             return self._best_model, {}
         return self._schedule.model, self._schedule.get_masks()
 
@@ -186,7 +188,8 @@ class Rounds:
                 remedy="Give an evaluator with an evaluating_func that returns a number, or best='latest'.",
             )
         number = len(self.done) + 1
-        if self._best != "latest" and self._is_best(metric):
+        if self._is_best(metric):
+            self._in_place = True
             with schedule.wrappers.detached() if self._speedup is not None else torch.no_grad():
                 self._kept = copy.deepcopy(_Kept(number, schedule.model.state_dict(), schedule.state_dict()))
                 self._best_model = None if self._speedup is None else copy.deepcopy(schedule.model)
@@ -194,16 +197,17 @@ class Rounds:
 
     def _is_best(self, metric: float | None) -> bool:
         known = [of.metric for of in self.done if of.metric is not None]
-        if metric is None or not known:
+        if self._best == "latest" or metric is None or not known:
             return True
         # Of equal ones the later, which is the sparser.
         return metric >= max(known) if self._best == "maximize" else metric <= min(known)
 
     def _give_best(self) -> None:
         kept = self._kept
-        if kept is not None and self._speedup is None and kept.number != len(self.done):
+        if kept is not None and self._speedup is None and not self._in_place:
             self._schedule.load_state_dict(kept.compressors)
             self._schedule.model.load_state_dict(kept.model)
+            self._in_place = True
 
     def _make_small(self) -> None:
         schedule = self._schedule
@@ -297,6 +301,7 @@ class Rounds:
             schedule.share()
         schedule.load_state_dict(state["compressors"])
         schedule.model.load_state_dict(state["model"])
+        self._in_place = self._kept is not None and self._kept.number == len(self.done)
         _set_random_state(state["random"])
 
 
