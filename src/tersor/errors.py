@@ -9,6 +9,7 @@
     ├── WrapError            a model cannot be wrapped or unwrapped as asked
     ├── MaskError            masks do not fit the model
     │   └── EmptyLayerError      a mask would leave nothing of a layer
+    ├── NumericalError       numbers that cannot be computed with: not finite, a singular matrix
     ├── TrainingError        the training or evaluating functions cannot be called as asked
     ├── TraceError           the model cannot be run or followed on the example inputs
     ├── SpeedupError         the model cannot be made small
@@ -83,6 +84,10 @@ class MaskError(TersorError, ValueError):
 
 class EmptyLayerError(MaskError):
     """A mask would leave nothing of a layer."""
+
+
+class NumericalError(TersorError, ArithmeticError):
+    """Numbers that cannot be computed with: not finite, or a matrix that no damping makes invertible."""
 
 
 class TrainingError(TersorError, RuntimeError):

@@ -6,6 +6,16 @@ own training function or with a data loader and a loss alone (`TorchEvaluator.fr
 """
 
 from tersor.training.evaluator import Evaluator, NoHooks, TrainingHooks, TrainingResult, check_limits
+from tersor.training.stages import Stage, stages
 from tersor.training.torch_evaluator import TorchEvaluator
 
-__all__ = ["Evaluator", "TorchEvaluator", "TrainingHooks", "NoHooks", "TrainingResult", "check_limits"]
+__all__ = [
+    "Evaluator",
+    "TorchEvaluator",
+    "TrainingHooks",
+    "NoHooks",
+    "TrainingResult",
+    "check_limits",
+    "Stage",
+    "stages",
+]
