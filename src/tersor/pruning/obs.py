@@ -79,7 +79,7 @@ class OBSPruner(Pruner):
         readers = {name: self.wrappers[name].module for name in self._readers}
         with torch.no_grad():
             self._moments = {name: self._empty_moment(name) for name in readers}
-            for stage in stages(self.model, self.calibration, list(readers)):
+            for stage in stages(self.model, self.calibration, list(readers)) if readers else ():
                 stage.run(lambda name, inputs: self._moments[name].add(unfold_inputs(readers[name], inputs[0])))
             for name, moment in self._moments.items():
                 self._moments[name] = SecondMoment(*map(sum_over_processes, moment.tensors()))

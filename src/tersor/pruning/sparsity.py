@@ -53,7 +53,7 @@ def measure_sparsity(plan: Plan, own: Masks, applied: Masks) -> list[Sparsity]:
         mask, simulated = _find(own, target), _find(applied, target)
         removed = _removed(target, mask)
         share = 0.0 if simulated is None else float((~simulated).double().mean())
-        reason = target.frozen or ("" if mask is None else _why_less(spec, row, removed, short))
+        reason = target.frozen or ("" if mask is None else _why_less(target, spec, row, removed, short))
         found.append(Sparsity(target.name, spec.ratio, target.blocks.count, removed, share, reason))
     return found
 
@@ -69,7 +69,7 @@ def _removed(target: PlannedTarget, mask: Tensor | None) -> int:
     return int((~target.blocks.split(mask.expand(target.blocks.shape)).any(-1)).sum())
 
 
-def _why_less(spec: PruningSpec, row: PlanRow, removed: int, short: dict[str, str]) -> str:
+def _why_less(target: PlannedTarget, spec: PruningSpec, row: PlanRow, removed: int, short: dict[str, str]) -> str:
     if spec.global_group_id is not None:
         return short.get(spec.global_group_id, "")
     if spec.ratio is None or row.blocks is None:
@@ -79,7 +79,9 @@ def _why_less(spec: PruningSpec, row: PlanRow, removed: int, short: dict[str, st
     limits = ("max_sparse_ratio", "internal_metric_block", "balance_granularity", "dependency_group_id")
     asked = spec.as_config()
     given = [f"{name} {asked[name]}" for name in limits if name in asked]
-    return row.reason or (f"limited by {' and '.join(given)}" if given else "")
+    if row.reason or given:
+        return row.reason or f"limited by {' and '.join(given)}"
+    return f"each of {target.parts} equal parts loses whole blocks" if target.parts > 1 else ""
 
 
 def _short_groups(plan: Plan, own: Masks) -> dict[str, str]:
