@@ -258,13 +258,11 @@ class Coupling:
         for axis in self.axes:
             vector = leaves[self.classes[axis.span]] & role[axis.span]
             if vector.any():
+                mask = axis.mask(~vector)
                 for name in axis.names:
                     module, _, target = name.rpartition(".")
-                    shape = [axis.size if dim == axis.dim else 1 for dim in range(axis.rank)]
                     own = masks.setdefault(module, {})
-                    own[target] = own.get(target, torch.ones(1, dtype=torch.bool)) & torch.from_numpy(~vector).view(
-                        shape
-                    )
+                    own[target] = own.get(target, mask) & mask
         return masks
 
     def near(self, module: str, removed: np.ndarray) -> np.ndarray:
@@ -332,10 +330,7 @@ class Coupling:
         for axis, _ in self._losing(removed):
             if not axis.is_parameter:
                 continue
-            vector = ~removed[self.classes[axis.span]]
-            shape = [1] * axis.rank
-            shape[axis.dim] = axis.size
-            factor = torch.from_numpy(vector).reshape(shape)
+            factor = axis.mask(~removed[self.classes[axis.span]])
             for name in axis.names:
                 module, _, target = name.rpartition(".")
                 factors = complete.setdefault(module, {})
