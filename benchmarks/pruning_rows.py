@@ -1,0 +1,168 @@
+"""What ``benchmarks.pruning`` compares, and how a pruner of Tersor gets a row there: by a line in `PRUNERS`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tersor
+from examples.mnist import Batches, Data
+from tersor.pruning import (
+    ActivationAPoZRankPruner,
+    ActivationMeanRankPruner,
+    ADMMPruner,
+    FPGMPruner,
+    L1NormPruner,
+    L2NormPruner,
+    Pruner,
+    RandomPruner,
+    TaylorPruner,
+)
+from tersor.speedup import ModelSpeedup
+from tersor.training import TorchEvaluator
+
+LOOKS = 20
+"""Batches that a pruner looks at which needs gradients or activations."""
+STEPS = 100
+"""Training steps of a pruner that trains."""
+LEARNING_RATE = 1e-3
+"""Of that training."""
+MOST = 0.98
+"""No layer loses more than this share, however little it scores beside the others."""
+
+Cut = Callable[[float], nn.Module]
+"""From a ratio to the small model, with its weights: the larger the ratio, the smaller."""
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A trained network to cut and the data that a pruner may look at, in an order that depends on the seed."""
+
+    model: nn.Module
+    classifier: str
+    data: Data
+    seed: int
+
+    @property
+    def example(self) -> Tensor:
+        """A few images, to trace with."""
+        return self.data.example_input[:4]
+
+    def copy(self) -> nn.Module:
+        """A copy of the network; also starts the random numbers of the seed."""
+        torch.manual_seed(self.seed)
+        return copy.deepcopy(self.model)
+
+    def batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """As many training batches."""
+        torch.manual_seed(self.seed)
+        return [batch for batch, _ in zip(self.data.train, range(count), strict=False)]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row.
+
+    Attributes:
+        prepare: does once what is the same for all ratios (gathers data, trains), and returns how to cut.
+        says: what was run, for the reader of the results.
+        like: the method that leaves layers as wide at the same ratio and is cheaper: ratios are searched with that.
+    """
+
+    prepare: Callable[[Task], Cut]
+    says: str
+    like: str | None = None
+
+
+def ours(
+    pruner_class: Callable[..., Pruner],
+    *,
+    together: bool = False,
+    steps: int | None = None,
+    anew: bool = False,
+    seeded: bool = False,
+    **options: Any,
+) -> Method:
+    """A row for a pruner of Tersor.
+
+    Args:
+        pruner_class: the class.
+        together: rank the channels of all layers in one global group; otherwise each layer loses the same share.
+        steps: the length of training that ``compress`` is given; None for none.
+        anew: what the pruner trains depends on the ratio, so it starts again for each.
+        seeded: it takes the ``seed``.
+        **options: of the pruner itself.
+    """
+
+    def prepare(task: Task) -> Cut:
+        def compressed(ratio: float) -> Pruner:
+            model = task.copy()
+            pruner = pruner_class(
+                model,
+                _config_list(model, task, ratio, together=together),
+                _evaluator(model, task.data.train),
+                example_inputs=task.example,
+                **(options | ({"seed": task.seed} if seeded else {})),
+            )
+            pruner.compress(max_steps=steps)
+            return pruner
+
+        once = None if anew else compressed(0.5)
+
+        def cut(ratio: float) -> nn.Module:
+            if once is None:
+                pruner = compressed(ratio)
+            else:
+                torch.manual_seed(task.seed)
+                pruner = once
+                pruner.prune(lambda _ratio, _target: ratio)
+            masks = pruner.get_masks()
+            model = copy.deepcopy(pruner.unwrap_model())
+            pruner.wrap_model()
+            return ModelSpeedup(model, task.example, masks).speedup_model()
+
+        return cut
+
+    named = "".join(f", {name}={value!r}" for name, value in options.items())
+    says = f"tersor {getattr(pruner_class, '__name__', pruner_class)}{named}; " + (
+        f"global ranking, at most {MOST:.0%} of a layer" if together else "the same ratio in each layer"
+    )
+    says += "" if steps is None else f"; {steps} training steps"
+    return Method(prepare, says, None if together or pruner_class is L1NormPruner else "L1")
+
+
+def _config_list(model: nn.Module, task: Task, ratio: float, *, together: bool) -> list[Any]:
+    """All convolutions and linear layers but the classifier; what is added or concatenated is decided as one."""
+    asked: dict[str, Any] = {"op_types": ["Conv2d", "Linear"], "sparse_ratio": ratio}
+    if together:
+        asked |= {"global_group_id": "all", "max_sparse_ratio": MOST}
+    config_list = [asked, {"op_names": [task.classifier], "exclude": True}]
+    return tersor.auto_set_dependency_group_ids(model, config_list, task.example)
+
+
+def _evaluator(model: nn.Module, loader: Batches) -> TorchEvaluator:
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
+    return TorchEvaluator.from_loader(loader, F.cross_entropy, optimizer, progress=False)
+
+
+PRUNERS: dict[str, Method] = {
+    "Random": ours(RandomPruner, seeded=True),
+    "L1": ours(L1NormPruner),
+    "L2": ours(L2NormPruner),
+    "FPGM": ours(FPGMPruner),
+    "Taylor": ours(TaylorPruner, training_steps=LOOKS),
+    "APoZ": ours(ActivationAPoZRankPruner, training_steps=LOOKS),
+    "Mean rank": ours(ActivationMeanRankPruner, training_steps=LOOKS),
+    "ADMM": ours(
+        ADMMPruner, anew=True, iterations=4, training_steps=STEPS // 4, granularity="coarse-grained", rho=1e-2
+    ),
+    "L1, global": ours(L1NormPruner, together=True),
+    "L2, global": ours(L2NormPruner, together=True),
+    "Taylor, global": ours(TaylorPruner, together=True, training_steps=LOOKS),
+}
