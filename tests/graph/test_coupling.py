@@ -1,5 +1,6 @@
 """Coupling groups of small networks, written down by hand."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -203,6 +204,21 @@ def test_completed_masks_reach_biases_norms_and_readers():
 def test_an_emptied_layer_is_refused():
     with pytest.raises(EmptyLayerError, match=r"0\.weight.*all 8"):
         groups(Plain(), torch.randn(IMAGE)).removed({"0": {"weight": torch.zeros(8, 1, 1, 1, dtype=torch.bool)}})
+
+
+@pytest.mark.parametrize("network", [*IMAGE_NETWORKS, LiteralView])
+def test_signatures_count_the_labels_of_each_axis(network):
+    coupling = groups(network(), torch.randn(IMAGE))
+    for counted in (None, np.flatnonzero(coupling.written), coupling.read):
+        inside = np.zeros(len(coupling.classes), dtype=bool)
+        inside[slice(None) if counted is None else counted] = True
+        members = {}
+        for number, axis in enumerate(coupling.axes):
+            for label in range(axis.start, axis.start + axis.size):
+                members.setdefault(int(coupling.classes[label]), []).extend([number] * int(inside[label]))
+        signatures = coupling.signatures(counted)
+        found = {(tuple(axes), int(signatures[root])) for root, axes in members.items()}
+        assert len(found) == len({axes for axes, _ in found}) == len({signature for _, signature in found}) > 2
 
 
 def test_words_and_json():

@@ -83,11 +83,26 @@ def every_other_copy(net, x):
     return net.a(x).repeat(1, 2)[:, ::2] @ net.c.weight.T
 
 
+def gathered_channels(net, x):
+    return net.c(net.a(x).gather(1, torch.tensor([[3, 1, 2, 0, 5, 4]] * 4)))
+
+
+def gathered_rows(net, x):
+    return net.c(net.a(x).gather(0, torch.tensor([[0, 1, 2, 3, 1, 2]] * 4)))
+
+
+def scattered_channels(net, x):
+    return net.c(torch.zeros(4, 6).scatter(1, torch.tensor([[3, 1, 2, 0, 5, 4]] * 4), net.a(x)))
+
+
 @pytest.mark.parametrize(
     ("between", "reason"),
     [
         (roll, "reorders"),
         (permuted, "looked up by position"),
+        (gathered_channels, "looked up by position"),
+        (gathered_rows, "meets rows that no parameter controls"),
+        (scattered_channels, "looked up by position"),
         (gram, "not zero where it is masked"),
         (transformed_weight, "not zero where it is masked"),
         (buffer_weight, "not zero where it is masked"),
@@ -137,6 +152,10 @@ def test_a_sparse_operand_does_not_stop_the_run():
         lambda net, x: torch.relu(net.a(x)) @ F.gelu(net.b(x)).T,
         lambda net, x: net.c(net.a(x) + torch.ones(6)),
         lambda net, x: net.c(net.a(x).unsqueeze(2).repeat(1, 1, 3).amax(2)),
+        lambda net, x: net.c(net.a(x) + F.embedding(torch.arange(4), net.w)),
+        lambda net, x: net.c(net.a(x) + F.embedding_bag(torch.tensor([[0, 5]] * 4), net.w)),
+        lambda net, x: net.c(net.a(x).gather(0, torch.ones(4, 6, dtype=torch.int64))),
+        lambda net, x: net.c(torch.zeros(4, 6).index_add(0, torch.tensor([1, 3, 0, 2]), net.a(x))),
     ],
 )
 def test_what_may_leave_is_not_frozen(between):

@@ -134,14 +134,17 @@ def added_matrix_product(call: Call) -> Labels:
     return labels
 
 
-@rule("embedding")
-def embedding(call: Call) -> Labels:
-    """``y[..., :] = w[index, :]``: the vocabulary stays, the width is written."""
+@rule("embedding", "_embedding_bag", "_embedding_bag_forward_only")
+def embedding(call: Call) -> Any:
+    """``y[..., :] = w[index, :]``, or sums or means of such rows: the vocabulary stays, the width is written."""
     w = call.labels("weight")
     freeze_rest(call, w, (1,), "is a row of an embedding table")
     call.freeze(call.labels("indices"), "decides which row of a table is looked up")
     _write(call, "weight", w.get(1))
-    return {call.result.dim() - 1: w[1]} if 1 in w else {}
+    several = isinstance(call.result, (list, tuple))
+    rows: Tensor = call.result[0] if several else call.result
+    labels: Labels = {rows.dim() - 1: w[1]} if 1 in w else {}
+    return [labels] + [{} for _ in call.result[1:]] if several else labels
 
 
 @rule("_grouped_mm")
@@ -176,16 +179,6 @@ def inner_product(call: Call) -> Labels:
     names = [argument.name for argument in call.operator._schema.arguments][:2]
     _read(call, (names[0], names[1]), (call.labels(names[0]), call.labels(names[1])), (0, 0))
     return {}
-
-
-@rule("_embedding_bag", "_embedding_bag_forward_only")
-def embedding_bag(call: Call) -> list[Labels]:
-    """Sums or means of rows of a table: as ``embedding``, for the first of its results."""
-    w = call.labels("weight")
-    freeze_rest(call, w, (1,), "is a row of an embedding table")
-    call.freeze(call.labels("indices"), "decides which row of a table is looked up")
-    _write(call, "weight", w.get(1))
-    return [{1: w[1]} if 1 in w else {}] + [{} for _ in call.result[1:]]
 
 
 @rule("_weight_norm_interface", "_weight_norm")

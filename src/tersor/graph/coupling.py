@@ -104,6 +104,36 @@ class Coupling:
         flags[list(self.reasons)] = True
         return flags
 
+    @cached_property
+    def axis_numbers(self) -> np.ndarray:
+        """Of each label, the number of its axis among :attr:`axes`; -1 for labels of no parameter or buffer."""
+        numbers = np.full(len(self.classes), -1)
+        for number, axis in enumerate(self.axes):
+            numbers[axis.span] = number
+        return numbers
+
+    def signatures(self, labels: np.ndarray | None = None) -> np.ndarray:
+        """A number for each class: equal for those with equally many labels of each axis, so interchangeable.
+
+        It is the sum of a random mark for each label, one mark an axis. Sums wrap around at 64 bits, and tell classes
+        apart as well as if they did not.
+
+        Args:
+            labels: those that are counted; None counts all.
+
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        >>> coupling = Coupling(net, torch.zeros(1, 4))
+        >>> rows, columns = (coupling.signatures()[coupling.classes_along("0.weight", dim)] for dim in (0, 1))
+        >>> len(set(rows)), len({*rows, *columns})
+        (1, 2)
+        """
+        marks = np.random.default_rng(0).integers(1, 2**62, size=len(self.axes), dtype=np.int64)
+        mark_of = np.append(marks, 0)[self.axis_numbers]
+        counted = slice(None) if labels is None else labels
+        signatures = np.zeros(len(self.classes), dtype=np.int64)
+        np.add.at(signatures, self.classes[counted], mark_of[counted])
+        return signatures
+
     def axis(self, name: str, dim: int) -> Axis | None:
         """One dimension of a named tensor; None for a size of 1 or an unknown name."""
         return next((axis for axis in self._by_name.get(name, ()) if axis.dim == dim), None)
@@ -140,20 +170,15 @@ class Coupling:
 
     def _group_classes(self) -> list[tuple[list[int], str | None]]:
         """The classes of each group, and why they are frozen."""
-        owner = np.zeros(len(self.classes), dtype=np.int64)
-        for number, axis in enumerate(self.axes):
-            owner[axis.span] = number
-        end = self.axes[-1].span.stop if self.axes else 1  # behind it: labels of what belongs to no parameter
-        pairs = np.unique(self.classes[1:end] * len(self.axes) + owner[1:end])
-        marks = np.random.default_rng(0).integers(1, 2**62, size=len(self.axes), dtype=np.int64)
-        signature = np.zeros(len(self.classes), dtype=np.int64)
-        np.add.at(signature, pairs // max(len(self.axes), 1), marks[pairs % max(len(self.axes), 1)])
+        # Members are named once, however many of their indices a class has.
+        _, once = np.unique(self.classes * (len(self.axes) + 1) + self.axis_numbers, return_index=True)
+        signatures = self.signatures(once)
         used = np.zeros(len(self.classes), dtype=bool)
         used[self.classes[self.written | self.read]] = True
         used[0] = False
         found: dict[tuple[int, str | None], list[int]] = {}
         for root in np.unique(self.classes[used[self.classes]]).tolist():
-            found.setdefault((int(signature[root]), self.reasons.get(root)), []).append(root)
+            found.setdefault((int(signatures[root]), self.reasons.get(root)), []).append(root)
         return [(roots, reason) for (_, reason), roots in found.items()]
 
     def _group(self, roots: list[int], reason: str | None) -> CouplingGroup:
@@ -233,13 +258,11 @@ class Coupling:
         for axis in self.axes:
             vector = leaves[self.classes[axis.span]] & role[axis.span]
             if vector.any():
+                mask = axis.mask(~vector)
                 for name in axis.names:
                     module, _, target = name.rpartition(".")
-                    shape = [axis.size if dim == axis.dim else 1 for dim in range(axis.rank)]
                     own = masks.setdefault(module, {})
-                    own[target] = own.get(target, torch.ones(1, dtype=torch.bool)) & torch.from_numpy(~vector).view(
-                        shape
-                    )
+                    own[target] = own.get(target, mask) & mask
         return masks
 
     def near(self, module: str, removed: np.ndarray) -> np.ndarray:
@@ -307,10 +330,7 @@ class Coupling:
         for axis, _ in self._losing(removed):
             if not axis.is_parameter:
                 continue
-            vector = ~removed[self.classes[axis.span]]
-            shape = [1] * axis.rank
-            shape[axis.dim] = axis.size
-            factor = torch.from_numpy(vector).reshape(shape)
+            factor = axis.mask(~removed[self.classes[axis.span]])
             for name in axis.names:
                 module, _, target = name.rpartition(".")
                 factors = complete.setdefault(module, {})

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook
 
 from tersor.errors import TraceError
-from tersor.graph.follower import UNSTEADY, Follower, Key, Mode, Step, key_of, operands_in
+from tersor.graph.follower import UNSTEADY, Follower, Key, Step, key_of, operands_in
 from tersor.graph.inputs import (
     batch_size,
     copied,
@@ -25,6 +25,7 @@ from tersor.graph.inputs import (
     tensors_of,
 )
 from tersor.graph.labels import Ledger
+from tersor.graph.modes import Mode
 from tersor.graph.rules import Fields, base_name, find_module_rule
 
 ENOUGH = 2

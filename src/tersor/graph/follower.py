@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from tersor.graph import constants, contractions, indexing, movement, recurrent, reductions
 from tersor.graph.inputs import tensors_of
 from tersor.graph.labels import Ledger
+from tersor.graph.modes import Mode
 from tersor.graph.pointwise import find_rule
 from tersor.graph.rules import COPIES, MOVEMENT, Call, Fields, Rule, base_name, preserves_values
 from tersor.graph.zeros import stays_zero
@@ -47,14 +47,6 @@ class _Fact(NamedTuple):
 
 
 NOTHING = _Fact({}, False, False)
-
-
-class Mode(TorchDispatchMode):
-    """A mode that torch's compiler, which is slow to import, has no part in."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
 
 class Follower(Mode):

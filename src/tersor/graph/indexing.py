@@ -17,7 +17,12 @@ def along_one(call: Call) -> Labels:
     """Rows are picked along one dimension."""
     x: Tensor = call.arguments["self"]
     along = call.arguments.get("dim", call.arguments.get("dimension", 0)) % x.dim()
-    labels = call.labels("self", whole=(along,))
+    return _beside(call, "self", along)
+
+
+def _beside(call: Call, name: str, along: int) -> Labels:
+    """Labels of an argument along all dimensions but the one where it is looked up; there they stay."""
+    labels = call.labels(name, whole=(along,))
     if along in labels:
         call.ledger.freeze(labels.pop(along), INDEXED)
     return labels
@@ -58,26 +63,18 @@ def write_rows(call: Call) -> Labels:
     along = call.arguments["dim"] % x.dim()
     sources = [name for name in ("source", "src") if isinstance(call.arguments.get(name), Tensor)]
     names = ["self", *sources, *(["index"] if call.arguments["index"].dim() == x.dim() else [])]
-    labels = {name: call.labels(name, whole=(along,)) for name in names}
-    for own in labels.values():
-        if along in own:
-            call.ledger.freeze(own.pop(along), INDEXED)
-    return _agreed(call, names, labels, along)
+    return _agreed(call, names, along)
 
 
 @rule("gather")
 def gather(call: Call) -> Labels:
     """``y[i, j] = x[index[i, j], j]``: along all dimensions but one the index is as long as what it picks from."""
-    along = call.arguments["dim"] % call.result.dim()
-    names = ["self", "index"]
-    labels = {name: call.labels(name, whole=(along,)) for name in names}
-    for own in labels.values():
-        if along in own:
-            call.ledger.freeze(own.pop(along), INDEXED)
-    return _agreed(call, names, labels, along)
+    return _agreed(call, ["self", "index"], call.arguments["dim"] % call.result.dim())
 
 
-def _agreed(call: Call, names: list[str], labels: dict[str, Labels], along: int) -> Labels:
+def _agreed(call: Call, names: list[str], along: int) -> Labels:
+    """Along one dimension rows are looked up; along the others the operands of full size agree."""
+    labels = {name: _beside(call, name, along) for name in names}
     agreed: Labels = {}
     for dim, size in enumerate(call.result.shape):
         full = [name for name in names if call.arguments[name].shape[dim] == size > 1]

@@ -53,6 +53,10 @@ class Axis:
         """The labels of its indices, shape ``(size,)``."""
         return torch.arange(self.start, self.start + self.size, device="cpu")
 
+    def mask(self, kept: np.ndarray) -> Tensor:
+        """A boolean vector over its indices, shape ``(size,)``, as a mask that broadcasts against the tensor."""
+        return torch.from_numpy(kept).reshape([self.size if dim == self.dim else 1 for dim in range(self.rank)])
+
 
 @dataclass(frozen=True)
 class Classes:

@@ -237,7 +237,7 @@ def _joined(call: Call, tensors: list[Tensor], own: list[Fields], dim: int) -> F
             for dims in [key for key in keys if not isinstance(key, int)]:
                 fields[dims] = _joined_field(call, [labels[dims] for labels in own], as_tuple(dims), joined)
         else:
-            own = [_settled(call, labels) for labels in own]
+            own = [{**call.settled(labels)} for labels in own]
     for d, size in enumerate(call.result.shape):
         vectors = [labels.get(d) for labels in own]
         if d != joined:
@@ -250,15 +250,6 @@ def _joined(call: Call, tensors: list[Tensor], own: list[Fields], dim: int) -> F
         if vector is not None:
             fields[d] = vector
     return fields
-
-
-def _settled(call: Call, fields: Fields) -> Fields:
-    """Fields with their first dimension left to decide."""
-    settled: Fields = {}
-    for dims, array in fields.items():
-        first, *rest = as_tuple(dims)
-        settled[first] = call.ledger.tie(array, range(1, len(rest) + 1)).reshape(-1)
-    return settled
 
 
 def _joined_field(call: Call, arrays: list[Tensor], dims: tuple[int, ...], joined: int) -> Tensor:

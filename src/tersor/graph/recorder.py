@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tersor.graph.modes import Mode
 from tersor.graph.nodes import Nodes
 from tersor.graph.sizes import Shape, traced
 
@@ -228,7 +228,7 @@ class Recorder(TorchFunctionMode):
         return value
 
 
-class Below(TorchDispatchMode):
+class Below(Mode):
     """Shows the recorder each operator, so that it learns of those that torch's Python API does not show."""
 
     supports_higher_order_operators = True
@@ -236,11 +236,6 @@ class Below(TorchDispatchMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here; to skip it would import torch's compiler, which takes a second."""
-        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._recorder.operator(func, args, kwargs or {})

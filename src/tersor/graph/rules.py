@@ -16,7 +16,7 @@ function under :func:`rule`; a user's own operator or module is one under :func:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,23 +57,23 @@ class Call:
 
     def labels_of(self, tensor: Tensor, whole: Iterable[int] = ()) -> Labels:
         """Labels of an operand, as :meth:`labels` has them."""
-        labels: Labels = {}
-        for dims, array in self.fields_of(tensor).items():
-            if isinstance(dims, int):
-                labels[dims] = array
-            else:
-                labels.update(self._settled(dims, array, {dim % tensor.dim() for dim in whole}))
-        return labels
+        return self.settled(self.fields_of(tensor), {dim % max(tensor.dim(), 1) for dim in whole})
 
-    def _settled(self, dims: tuple[int, ...], field: Tensor, whole: set[int]) -> Labels:
-        """A field with one dimension left that decides: the first that need not stay whole."""
-        free = [place for place, dim in enumerate(dims) if dim not in whole]
-        tied = [place for place in range(len(dims)) if place not in free[:1]]
-        vector = self.ledger.tie(field, tied).reshape(-1)
-        if free:
-            return {dims[free[0]]: vector}
-        self.ledger.freeze(vector, f"'{self.name}' mixes all of it")
-        return {}
+    def settled(self, fields: Fields, whole: Collection[int] = ()) -> Labels:
+        """Fields with one dimension left that decides: the first that need not stay whole."""
+        labels: Labels = {}
+        for dims, field in fields.items():
+            if isinstance(dims, int):
+                labels[dims] = field
+                continue
+            free = [place for place, dim in enumerate(dims) if dim not in whole]
+            tied = [place for place in range(len(dims)) if place not in free[:1]]
+            vector = self.ledger.tie(field, tied).reshape(-1)
+            if free:
+                labels[dims[free[0]]] = vector
+            else:
+                self.ledger.freeze(vector, f"'{self.name}' mixes all of it")
+        return labels
 
     def fields_of(self, tensor: Tensor) -> Fields:
         """Labels of an operand as they are, fields among them."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from tersor.errors import TraceError
-from tersor.speedup.small_graph import module_of, run_graph
+from tersor.speedup.small_graph import module_of, sizes_of
 
 
 def guard_decisions(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> str | None:
@@ -34,11 +34,11 @@ def guard_decisions(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> str 
     decided = [node for node in graph_module.graph.nodes if "decided" in node.meta]
     if not decided:
         return None
-    runs = [_values(graph_module, each) for each in inputs]
+    runs = [sizes_of(graph_module, each) for each in inputs]
     for node in decided:
-        seen = [values.get(node.name) for values in runs]
-        if node.meta["decided"] is None or any(isinstance(values.get(node.name), Tensor) for values in runs):
+        if node.meta["decided"] is None or any(node.name in run.shapes for run in runs):
             return f"a tensor's values in {_place(node)}"
+        seen = [run.numbers.get(node.name) for run in runs]
         if any(value != seen[0] for value in seen):
             return f"the batch size in {_place(node)}"
         if seen[0] == node.meta["decided"]:
@@ -64,26 +64,3 @@ def hold(value: Any, expected: Any, place: str) -> None:
 
 def _place(node: fx.Node) -> str:
     return f"'{node.name}' of {module_of(node) or 'the model'}"
-
-
-def _values(graph_module: fx.GraphModule, inputs: Any) -> dict[str, Any]:
-    recorder = _Values(graph_module)
-    try:
-        run_graph(recorder, graph_module, inputs)
-    except Exception as error:
-        raise TraceError(f"{type(error).__name__}: {error}", where="the graph") from error
-    return recorder.values
-
-
-class _Values(fx.Interpreter):
-    """Notes what each node returns that is no tensor, and of tensors that they are."""
-
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__(graph_module)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, (int, float, bool)) or "decided" in n.meta:
-            self.values[n.name] = result
-        return result

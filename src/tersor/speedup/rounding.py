@@ -55,19 +55,13 @@ def round_up_kept(coupling: Coupling, removed: np.ndarray, multiple: int) -> np.
 
 def _interchangeable(coupling: Coupling, removed: np.ndarray, multiple: int) -> Iterator[tuple[np.ndarray, int]]:
     """Each set of interchangeable classes of which some leave, and the number of them that makes a multiple."""
-    touched = coupling.written | coupling.read
-    owner = np.full(len(coupling.classes), -1)
-    for number, axis in enumerate(coupling.axes):
-        if touched[axis.span].any():
-            owner[axis.span] = number
-    labels = np.flatnonzero(owner >= 0)
-    classes, owner = coupling.classes[labels], owner[labels]
-    # The sum of random marks tells apart which axes a class cuts, and how often.
-    marks = np.random.default_rng(0).integers(1, 2**62, size=len(coupling.axes), dtype=np.int64)
-    signature = np.zeros(len(coupling.classes), dtype=np.int64)
-    np.add.at(signature, classes, marks[owner])
+    axes = coupling.axis_numbers
+    touched = np.unique(axes[coupling.written | coupling.read])
+    labels = np.flatnonzero(np.isin(axes, touched) & (axes >= 0))
+    classes, axes = coupling.classes[labels], axes[labels]
+    signatures = coupling.signatures(labels)
     present = np.unique(classes)
-    for mark in np.unique(signature[present[removed[present]]]):
-        members = present[signature[present] == mark]
-        counts = np.unique(owner[classes == members[0]], return_counts=True)[1].tolist()
+    for signature in np.unique(signatures[present[removed[present]]]):
+        members = present[signatures[present] == signature]
+        counts = np.unique(axes[classes == members[0]], return_counts=True)[1].tolist()
         yield members, math.lcm(*(multiple // math.gcd(multiple, count) for count in counts))

@@ -105,7 +105,7 @@ def cut(
             tensor.data = _select(tensor.data, dims)
             tensor.grad = grad
         shapes[name] = (before, tuple(tensor.shape))
-    for name, module in _owners(model, kept).items():
+    for module, name in _owners(model, kept).items():
         rows = kept.get(f"{name}.weight" if name else "weight", {}).get(0)
         if isinstance(module, _ConvNd) and module.groups > 1 and rows is not None:
             module.groups = groups_left(module.groups, rows)
@@ -136,8 +136,7 @@ def _select(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     return tensor
 
 
-def _owners(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The modules that own the named tensors, each under one of its names."""
+def _owners(model: nn.Module, names: Iterable[str]) -> dict[nn.Module, str]:
+    """The modules that own the named tensors, each with one of its names."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = {modules[name.rpartition(".")[0]]: name.rpartition(".")[0] for name in names}
-    return {name: module for module, name in found.items()}
+    return {modules[owner]: owner for owner in (name.rpartition(".")[0] for name in names)}

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from tersor.errors import SpeedupError, TraceError
 from tersor.graph.coupling import Coupling
 from tersor.graph.inputs import as_call, batch_size, copied, evaluating, first_samples
+from tersor.graph.rules import Labels
 from tersor.speedup.arguments import Path, argument_at, path_text, replace_argument
 
 Size = int | tuple[int, ...]
@@ -48,17 +49,17 @@ class Repair:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a graph computes with, before anything is cut.
+    """What a graph computes with in one run.
 
     Attributes:
-        inputs: what it was run on: the example inputs, or the first samples of them.
+        inputs: what it was run on.
         shapes: the shape of each node's result where that is a tensor.
-        numbers: each node's result where that is an int.
+        numbers: each node's result where that is a number.
     """
 
     inputs: Any
     shapes: Mapping[str, tuple[int, ...]]
-    numbers: Mapping[str, int]
+    numbers: Mapping[str, float]
 
 
 def record_sizes(graph_module: fx.GraphModule, coupling: Coupling) -> Sizes:
@@ -68,22 +69,41 @@ def record_sizes(graph_module: fx.GraphModule, coupling: Coupling) -> Sizes:
         graph_module: as :func:`tersor.graph.concrete_trace` made it.
         coupling: of the graph module, with its nodes' labels.
 
+    Returns:
+        the sizes on the example inputs, or on the first samples of them where the labels were found on these.
+
     Raises:
         TraceError: it does not run on the inputs on which its labels were found.
     """
     example = coupling.example_inputs
     cause: TraceError | None = None
     for inputs in [first_samples(example, SAMPLES), example] if batch_size(example) > SAMPLES else [example]:
-        recorder = _Recorder(graph_module)
         try:
-            run_graph(recorder, graph_module, inputs)
-        except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
-            cause = TraceError(f"{type(error).__name__}: {error}", where="example_inputs")
-            cause.__cause__ = error
+            sizes = sizes_of(graph_module, inputs)
+        except TraceError as error:
+            cause = error
             continue
-        if all(_fits(recorder.shapes.get(name, ()), labels) for name, labels in coupling.nodes.items()):
-            return Sizes(inputs, recorder.shapes, recorder.numbers)
+        if all(_fits(sizes.shapes.get(name, ()), labels) for name, labels in coupling.nodes.items()):
+            return sizes
     raise cause or TraceError("the labels belong to another graph, or to inputs of another size", where="coupling")
+
+
+def _fits(shape: tuple[int, ...], labels: Labels) -> bool:
+    return all(dim < len(shape) and len(vector) == shape[dim] for dim, vector in labels.items())
+
+
+def sizes_of(graph_module: fx.GraphModule, inputs: Any) -> Sizes:
+    """Run a graph and note the sizes of what each node returns.
+
+    Raises:
+        TraceError: it does not run on the inputs.
+    """
+    recorder = _Recorder(graph_module)
+    try:
+        run_graph(recorder, graph_module, inputs)
+    except Exception as error:
+        raise TraceError(f"{type(error).__name__}: {error}", where="the graph") from error
+    return Sizes(inputs, recorder.shapes, recorder.numbers)
 
 
 def run_graph(interpreter: fx.Interpreter, graph_module: fx.GraphModule, inputs: Any) -> None:
@@ -96,30 +116,19 @@ def run_graph(interpreter: fx.Interpreter, graph_module: fx.GraphModule, inputs:
         interpreter.run(*bound.args)
 
 
-def _fits(shape: tuple[int, ...], labels: Mapping[Any, Tensor]) -> bool:
-    return all(
-        max(_dims(dims)) < len(shape) and array.shape == tuple(shape[dim] for dim in _dims(dims))
-        for dims, array in labels.items()
-    )
-
-
-def _dims(key: Any) -> tuple[int, ...]:
-    return key if isinstance(key, tuple) else (key,)
-
-
 class _Recorder(fx.Interpreter):
-    """Runs a graph and notes the sizes of what each node returns."""
+    """Notes the shape of what each node returns, or its value where that is a number."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.numbers: dict[str, int] = {}
+        self.numbers: dict[str, float] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.shapes[n.name] = tuple(result.shape)
-        elif isinstance(result, int):
+        elif isinstance(result, (int, float)):
             self.numbers[n.name] = result
         return result
 
@@ -136,7 +145,7 @@ class SmallGraph(fx.Interpreter):
         super().__init__(graph_module)
         self.sizes = sizes
         self.repairs: list[Repair] = []
-        self._nodes: Mapping[str, Mapping[Any, Tensor]] = coupling.nodes
+        self._nodes = coupling.nodes
         self._stays = ~removed[coupling.classes]
 
     def old(self, argument: Any) -> Any:
@@ -153,13 +162,8 @@ class SmallGraph(fx.Interpreter):
 
     def left(self, tensor: Any) -> dict[int, np.ndarray]:
         """For each labelled dimension of a node's result, which of its indices are left, boolean."""
-        left: dict[int, Any] = {}
-        for key, array in self._nodes.get(getattr(tensor, "name", ""), {}).items():
-            stays = self._stays[array.numpy()]
-            for axis, dim in enumerate(_dims(key)):
-                vector = np.moveaxis(stays, axis, 0).reshape(stays.shape[axis], -1).any(axis=1)
-                left[dim] = left[dim] & vector if dim in left else vector
-        return left
+        labels = self._nodes.get(getattr(tensor, "name", ""), {})
+        return {dim: self._stays[vector.numpy()] for dim, vector in labels.items()}
 
     def expected(self, node: fx.Node) -> tuple[int, ...] | None:
         """The shape that a node's result must have now; None where it is no tensor."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from tersor.config import PruningSpec
-from tersor.graph.coupling import Coupling
 from tersor.targets.planned import PlannedTarget
 
 
@@ -75,7 +74,7 @@ def choices(targets: Sequence[PlannedTarget]) -> list[Choices]:
     found: list[Choices] = []
     for members in _deciding_together(targets):
         if signatures is None and members[0].coupling is not None:
-            signatures = _signatures(members[0].coupling)
+            signatures = members[0].coupling.signatures()
         if _each_block_for_itself(members, signatures):
             found.append(tuple(Part(member) for member in members))
         else:
@@ -161,7 +160,9 @@ def _sets(members: Sequence[PlannedTarget], signatures: np.ndarray | None, *, by
     total = int(choice.max()) + 1
     stays, kind = np.zeros(total, dtype=bool), np.zeros(total, dtype=np.int64)
     of_member = np.split(choice, np.cumsum(counts)[:-1])
-    for member, own, mark in zip(members, of_member, _random_marks(len(members)), strict=True):
+    # Drawn from another seed than the marks of signatures, which they are added to.
+    marks = np.random.default_rng(1).integers(1, 2**62, size=len(members), dtype=np.int64)
+    for member, own, mark in zip(members, of_member, marks, strict=True):
         if member.stays is not None:
             stays[own[member.stays.numpy()]] = True
         # Sums wrap around, and tell choices apart as well as if they did not.
@@ -214,16 +215,3 @@ def _together(things: np.ndarray) -> np.ndarray:
         if np.array_equal(before, lowest):
             break
     return lowest[places[:, 0]]
-
-
-def _signatures(coupling: Coupling) -> np.ndarray:
-    """A number for each class: equal for those with equally many indices in the same dimensions of the same tensors."""
-    signatures = np.zeros(len(coupling.classes), dtype=np.int64)
-    marks = np.repeat(_random_marks(len(coupling.axes)), [axis.size for axis in coupling.axes])
-    np.add.at(signatures, coupling.classes[1 : len(marks) + 1], marks)  # axes stand one after the other from label 1
-    return signatures
-
-
-def _random_marks(count: int) -> np.ndarray:
-    """Numbers no two sums of which are equal by chance."""
-    return np.random.default_rng(0).integers(1, 2**62, size=count, dtype=np.int64)
