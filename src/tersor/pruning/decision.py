@@ -12,6 +12,7 @@ from torch import Tensor
 from tersor.config import PruningSpec
 from tersor.errors import ConflictError
 from tersor.pruning.allocation import Request, allocate
+from tersor.targets.channels import is_norm_scale
 from tersor.targets.choices import Choices, Part
 from tersor.targets.planned import PlannedTarget
 
@@ -60,10 +61,12 @@ def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor], ratio_now: Rat
     return keep
 
 
-def masks_of_readers(targets: Sequence[PlannedTarget], keep: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Masks of what reads the classes that leave and that no weight writes as it is.
+def masks_of_neighbours(targets: Sequence[PlannedTarget], keep: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Masks that let leave what was decided on by what neither computes nor reads it.
 
-    A standardized weight is not zero where its parameter is masked. What it computes leaves only when nothing reads it.
+    A standardized weight is not zero where its parameter is masked: what it computes leaves only when nothing reads it.
+    The scale of a norm takes the channel with it that it multiplies: the weights that write the channel are masked too,
+    unless another target decided on it and keeps it.
 
     Args:
         targets: what was decided on.
@@ -76,11 +79,13 @@ def masks_of_readers(targets: Sequence[PlannedTarget], keep: Mapping[str, Tensor
     unwritten[coupling.classes[coupling.written]] = False
     lives, leaves = np.zeros_like(unwritten), np.zeros_like(unwritten)
     for target in targets:
-        if target.classes is not None and unwritten[target.classes].any():
+        if target.classes is not None:
             kept = keep[target.name].cpu().numpy()
             lives[target.classes[kept]] = True
-            leaves[target.classes[~kept]] = True
-    leaves &= unwritten & ~lives
+            gone = target.classes[~kept]
+            scales = is_norm_scale(target.config.module, target.config.target_name)
+            leaves[gone if scales else gone[unwritten[gone]]] = True
+    leaves &= ~lives
     return coupling.masks_of(leaves) if leaves.any() else {}
 
 

@@ -34,6 +34,15 @@ def channel_dims(module: nn.Module, target: str, rank: int) -> tuple[int | None,
     return 0, 1
 
 
+def is_norm_scale(module: nn.Module, target: str) -> bool:
+    """Whether a target is what a norm multiplies each channel by: where it is zero, only the shift is left.
+
+    >>> is_norm_scale(nn.BatchNorm2d(8), "weight"), is_norm_scale(nn.BatchNorm2d(8), "bias")
+    (True, False)
+    """
+    return target == "weight" and isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm))
+
+
 def activation_channel_dim(module: nn.Module, rank: int) -> int | None:
     """The dimension of a module's inputs and outputs that holds the channels; None where its type does not tell.
 

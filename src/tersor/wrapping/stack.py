@@ -65,6 +65,10 @@ class TargetStack(nn.Module):
                 where=self.target,
                 remedy="Give each target to one compressor of a kind; exclude it from the other's config list.",
             )
+        self.put(transform)
+
+    def put(self, transform: Transform) -> None:
+        """Put a transform at its stage, in place of any that is there."""
         self.add_module(transform.stage.name.lower(), transform)
 
     def find(self, stage: Stage) -> Transform | None:

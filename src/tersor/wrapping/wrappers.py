@@ -70,6 +70,10 @@ class ModelWrappers:
             for wrapper in attached:
                 wrapper.attach()
 
+    def tied(self, module: str, target: str) -> list[Place]:
+        """All places of a target's tensor, its own among them; several where the model shares it."""
+        return self._ties.get((module, target), [(module, target)])
+
     def mask(self, module: str, target: str) -> Mask:
         """The mask of a target; made, masking nothing, when first asked for."""
         stack = self[module].stack(target)
@@ -118,7 +122,7 @@ class ModelWrappers:
         spread: dict[Place, list[Tensor]] = {}
         for module, targets in masks.items():
             for target, factors in targets.items():
-                for place in self._ties.get((module, target), [(module, target)]):
+                for place in self.tied(module, target):
                     known = spread.setdefault(place, [])
                     known += [factor for factor in factors if not any(factor is other for other in known)]
         return spread
