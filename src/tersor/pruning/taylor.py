@@ -43,6 +43,7 @@ class TaylorPruner(LearningPruner):
         previous: see :meth:`tersor.compressor.Compressor.from_compressor`.
 
     Example:
+        >>> import torch
         >>> from tersor import TorchEvaluator
         >>> model = torch.nn.Linear(2, 4)
         >>> evaluator = TorchEvaluator.from_loader(
