@@ -45,15 +45,15 @@ class TaylorPruner(LearningPruner):
     Example:
         >>> import torch
         >>> from tersor import TorchEvaluator
-        >>> model = torch.nn.Linear(2, 4)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
         >>> evaluator = TorchEvaluator.from_loader(
         ...     [(torch.randn(8, 2), torch.randn(8, 4))] * 5,
         ...     torch.nn.functional.mse_loss,
         ...     torch.optim.SGD(model.parameters(), lr=0.1),
         ... )
-        >>> pruner = TaylorPruner(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5}], evaluator, training_steps=5)
-        >>> int(pruner.compress()[1][""]["bias"].sum())
-        2
+        >>> pruner = TaylorPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}], evaluator, training_steps=5)
+        >>> int(pruner.compress()[1]["0"]["bias"].sum())
+        4
     """
 
     _handles: tuple[RemovableHandle, ...] = ()
