@@ -90,6 +90,7 @@ def ours(
     together: bool = False,
     isomorphic: bool = False,
     calibrated: bool = False,
+    norms: bool = False,
     steps: int | None = None,
     anew: bool = False,
     seeded: bool = False,
@@ -102,6 +103,7 @@ def ours(
         together: rank the channels of all layers in one global group; otherwise each layer loses the same share.
         isomorphic: rank the channels of layers that are built alike together.
         calibrated: it takes ``calibration``.
+        norms: decide on the scales of batch norms, where the network has any.
         steps: the length of training that ``compress`` is given; None for none.
         anew: what the pruner trains depends on the ratio, so it starts again for each.
         seeded: it takes the ``seed``.
@@ -113,7 +115,7 @@ def ours(
             model = task.copy()
             pruner = pruner_class(
                 model,
-                _config_list(model, task, ratio, together=together, isomorphic=isomorphic),
+                _config_list(model, task, ratio, together=together, isomorphic=isomorphic, norms=norms),
                 _evaluator(model, task.data.train),
                 example_inputs=task.example,
                 **options,
@@ -151,14 +153,17 @@ def ours(
     return Method(prepare, says, "L1" if uniform and pruner_class is not L1NormPruner else None)
 
 
-def _config_list(model: nn.Module, task: Task, ratio: float, *, together: bool, isomorphic: bool) -> list[Any]:
+def _config_list(
+    model: nn.Module, task: Task, ratio: float, *, together: bool, isomorphic: bool, norms: bool
+) -> list[Any]:
     """All convolutions and linear layers but the classifier; what is added or concatenated is decided as one."""
-    asked: dict[str, Any] = {"op_types": ["Conv2d", "Linear"], "sparse_ratio": ratio}
+    norms = norms and any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    asked: dict[str, Any] = {"op_types": ["BatchNorm2d"] if norms else ["Conv2d", "Linear"], "sparse_ratio": ratio}
     if together or isomorphic:
         asked |= {"max_sparse_ratio": MOST}
     if together:
         asked |= {"global_group_id": "all"}
-    config_list = [asked, {"op_names": [task.classifier], "exclude": True}]
+    config_list = [asked] if norms else [asked, {"op_names": [task.classifier], "exclude": True}]
     config_list = tersor.auto_set_dependency_group_ids(model, config_list, task.example)
     return tersor.auto_set_isomorphic_group_ids(model, config_list, task.example) if isomorphic else config_list
 
@@ -179,7 +184,7 @@ PRUNERS: dict[str, Method] = {
     "ADMM": ours(
         ADMMPruner, anew=True, iterations=4, training_steps=STEPS // 4, granularity="coarse-grained", rho=1e-2
     ),
-    "Slim": ours(SlimPruner, training_steps=STEPS),
+    "Slim": ours(SlimPruner, norms=True, training_steps=STEPS),
     "Movement": ours(MovementPruner, anew=True, steps=STEPS, warmup_step=10, cooldown_begin_step=STEPS - 20),
     "Group norm": ours(GroupNormPruner),
     "OBS": ours(OBSPruner, anew=True, calibrated=True),
