@@ -143,7 +143,7 @@ def ours(
 
     named = "".join(f", {name}={value!r}" for name, value in options.items())
     says = f"tersor {getattr(pruner_class, '__name__', pruner_class)}{named}; " + (
-        f"{'isomorphic' if isomorphic else 'global'} ranking, at most {MOST:.0%} of a layer"
+        f"{'isomorphic' if isomorphic else 'global'} ranking, scores relative to each layer's mean, at most {MOST:.0%} of a layer"
         if together or isomorphic
         else "the same ratio in each layer"
     )
@@ -160,7 +160,7 @@ def _config_list(
     norms = norms and any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     asked: dict[str, Any] = {"op_types": ["BatchNorm2d"] if norms else ["Conv2d", "Linear"], "sparse_ratio": ratio}
     if together or isomorphic:
-        asked |= {"max_sparse_ratio": MOST}
+        asked |= {"max_sparse_ratio": MOST, "global_normalize": "mean"}
     if together:
         asked |= {"global_group_id": "all"}
     config_list = [asked] if norms else [asked, {"op_names": [task.classifier], "exclude": True}]

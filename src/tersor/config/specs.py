@@ -242,6 +242,8 @@ class PruningSpec(Spec):
         sparse_pattern: ``"2:4"`` keeps two of every four consecutive elements along the input dimension, in place of a
             ratio.
         global_group_id: targets of one group share one ratio, spread as the scores demand.
+        global_normalize: ``mean`` divides each target's scores by their mean before those of a global group are ranked
+            together, so that a layer of small weights is not emptied first.
         dependency_group_id: targets of one group share one mask.
         granularity: the block that lives or dies together.
         internal_metric_block: split the blocks into this many runs and prune each alike (groups of a convolution).
@@ -261,6 +263,7 @@ class PruningSpec(Spec):
     sparse_threshold: Annotated[float, PlainValidator(partial(values.number, kind="threshold"))] | None = None
     sparse_pattern: Annotated[Pattern, PlainValidator(Pattern.parse)] | None = None
     global_group_id: Group | None = None
+    global_normalize: Annotated[Literal["mean"], _one_of("mean")] | None = None
     dependency_group_id: Group | None = None
     granularity: GranularityField | None = None
     internal_metric_block: (

@@ -131,6 +131,7 @@ def _request(part: Part, scores: Tensor, factor: float, group: str | None, ratio
         min_ratio=now(spec.min_sparse_ratio),
         max_ratio=spec.max_sparse_ratio,
         global_group=spec.global_group_id,
+        normalize=spec.global_normalize is not None,
         dependency_group=group,
         internal_block=part.target.parts,
     )
