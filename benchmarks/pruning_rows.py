@@ -143,7 +143,7 @@ def ours(
 
     named = "".join(f", {name}={value!r}" for name, value in options.items())
     says = f"tersor {getattr(pruner_class, '__name__', pruner_class)}{named}; " + (
-        f"{'isomorphic' if isomorphic else 'global'} ranking, scores relative to each layer's mean, at most {MOST:.0%} of a layer"
+        f"{'isomorphic' if isomorphic else 'global'} ranking, relative to layer means; at most {MOST:.0%} of a layer"
         if together or isomorphic
         else "the same ratio in each layer"
     )
