@@ -140,7 +140,7 @@ class Mask(Transform):
         """A mask takes the factors that a checkpoint holds, however many they are."""
         names = [name for name in state_dict if name.startswith(f"{prefix}factor_")]
         device = self.factors[0].device if self.factors else None
-        self.set([state_dict[name] for name in names], device)
+        self.set([state_dict[name].clone() for name in names], device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def product(self, shape: Sequence[int] | None = None) -> Tensor:
@@ -216,13 +216,14 @@ def compact(mask: Tensor) -> Tensor:
 def factorize(mask: Tensor) -> list[Tensor]:
     """Write a mask as a product of one bool vector per dimension, or as itself where it is no such product.
 
-    Vectors of ones are left out. Each factor has the mask's number of dimensions and broadcasts against it.
+    Vectors of ones are left out. Each factor has the mask's number of dimensions and broadcasts against it; what is no
+    product is not copied.
 
     >>> [tuple(f.shape) for f in factorize(torch.tensor([[1, 0, 1], [0, 0, 0]], dtype=torch.bool))]
     [(2, 1), (1, 3)]
     """
     if sum(size > 1 for size in mask.shape) <= 1:
-        return [] if bool(mask.all()) else [mask.clone()]
+        return [] if bool(mask.all()) else [mask]
     factors: list[Tensor] = []
     for dim in range(mask.dim()):
         others = [other for other in range(mask.dim()) if other != dim]
@@ -232,4 +233,4 @@ def factorize(mask: Tensor) -> list[Tensor]:
     product = torch.ones_like(mask)
     for factor in factors:
         product &= factor
-    return factors if torch.equal(product, mask) else [mask.clone()]
+    return factors if torch.equal(product, mask) else [mask]
