@@ -80,3 +80,52 @@ class TestLotteryTicket(Suite):
     def pruner(self, model, config_list, evaluator, **kwargs):
         inner = pruning.LevelPruner(model, config_list, evaluator, **kwargs)
         return pruning.LotteryTicketPruner(inner, interval_steps=2, total_times=3, rewind_steps=1)
+
+
+class TestGroupNorm(Suite):
+    def pruner(self, model, config_list, evaluator, **kwargs):
+        return pruning.GroupNormPruner(model, config_list, evaluator, **kwargs)
+
+
+class TestSlim(Suite):
+    learns = True
+
+    def pruner(self, model, config_list, evaluator, **kwargs):
+        return pruning.SlimPruner(model, config_list, evaluator, training_steps=3, **kwargs)
+
+
+class TestSlimOnNorms(TestSlim):
+    modules = ("left_norm",)
+    joined = ()
+
+
+class TestMovement(Suite):
+    trains = True
+    schedulable = False
+
+    def pruner(self, model, config_list, evaluator, **kwargs):
+        return pruning.MovementPruner(model, config_list, evaluator, 1, 4, **kwargs)
+
+
+class TestWanda(Suite):
+    channels = None
+    groups = False
+
+    def pruner(self, model, config_list, evaluator, **kwargs):
+        return pruning.WandaPruner(model, config_list, evaluator, calibration=self.batches, **kwargs)
+
+
+class TestSparseGPT(Suite):
+    learns = True
+    channels = None
+    groups = False
+
+    def pruner(self, model, config_list, evaluator, **kwargs):
+        return pruning.SparseGPTPruner(model, config_list, evaluator, calibration=self.batches, **kwargs)
+
+
+class TestOBS(Suite):
+    learns = True
+
+    def pruner(self, model, config_list, evaluator, **kwargs):
+        return pruning.OBSPruner(model, config_list, evaluator, calibration=self.batches, **kwargs)

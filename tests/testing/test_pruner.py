@@ -120,6 +120,13 @@ class ForgetsTheSums(LearningPruner):
         return blocks.tiles(values).sum(blocks.inside)
 
 
+class RefusesLate(ForgetsTheSums):
+    """Trains first, and sees only then that nothing would be left."""
+
+    def refuse_impossible(self):
+        pass
+
+
 class DecidesByRank(SquarePruner):
     def apply_decision(self, keep):
         rank = dist.get_rank() if dist.is_initialized() else 0
@@ -189,6 +196,7 @@ BROKEN = [
     (RemovesAllAtOnce, "schedules_in_one_run", r"LinearPruner: \[0, 344, 344, 344\] .*; \[0, 88, 256, 344\]"),
     (RemovesAllAtOnce, "schedules_in_rounds", "the share that is gone does not grow"),
     (PassesOverWhatItCannotDo, "a_ratio_of_one_is_refused", "EmptyLayerError was not raised"),
+    (RefusesLate, "a_ratio_of_one_is_refused", "4 steps were trained before EmptyLayerError"),
     (PassesOverWhatItCannotDo, "nothing_to_prune_is_refused", "ConfigError was not raised"),
 ]
 

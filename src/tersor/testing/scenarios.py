@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tersor.pruning import AGPPruner, LinearPruner, Pruner
 from tersor.pruning.schedule import ScheduledPruner
 from tersor.testing.checks import assert_equal, assert_exact, decided, flat, mask_of, removed, values_of
-from tersor.testing.toys import BATCHES, EXAMPLE, ToyDistiller, ToyNetwork, ToyQuantizer, ToyTraining
+from tersor.testing.toys import BATCHES, EXAMPLE, Batch, ToyDistiller, ToyNetwork, ToyQuantizer, ToyTraining
 from tersor.training import Evaluator
 
 Entry = dict[str, Any]
@@ -87,7 +87,9 @@ class PruningScenarios(ABC):
         modules: what is pruned, of ``left`` (a convolution), ``left_norm`` (behind it) and ``hidden`` (a linear layer).
         joined: two modules that a dependency group makes leave together; empty where it cannot.
         channels: keys of an entry of the config list with which it removes whole output channels; None where it cannot.
+        groups: whether it ranks targets against each other, as a global group asks.
         tolerance: the largest difference of an output, relative to the largest output.
+        batches: inputs and classes, for a pruner that is given data; each of two processes has half of them.
     """
 
     learns: bool = False
@@ -98,7 +100,9 @@ class PruningScenarios(ABC):
     modules: tuple[str, ...] = ("left", "hidden")
     joined: tuple[str, ...] = ("stem", "right")
     channels: Mapping[str, Any] | None = NOTHING
+    groups: bool = True
     tolerance: float = 1e-5
+    batches: tuple[Batch, ...] = BATCHES
 
     @abstractmethod
     def pruner(self, model: nn.Module, config_list: list[Entry], evaluator: Evaluator | None, **kwargs: Any) -> Pruner:
@@ -149,7 +153,9 @@ class PruningScenarios(ABC):
         """
         with _calm(seed if rank is None else rank):
             model = ToyNetwork(seed)
-            training = ToyTraining(model, BATCHES if rank is None else BATCHES[rank::2])
+            if rank is not None:
+                self.batches = BATCHES[rank::2]
+            training = ToyTraining(model, self.batches)
             evaluator = training.evaluator if way == "evaluator" or self.needs_evaluator else None
             pruner = self.pruner(model, config_list, evaluator, example_inputs=EXAMPLE)
             try:
