@@ -79,7 +79,7 @@ class TestLotteryTicket(Suite):
 
     def pruner(self, model, config_list, evaluator, **kwargs):
         inner = pruning.LevelPruner(model, config_list, evaluator, **kwargs)
-        return pruning.LotteryTicketPruner(inner, interval_steps=2, total_times=3, rewind_steps=1)
+        return pruning.LotteryTicketPruner(inner, interval_steps=2, total_times=3, rewind_steps=2)
 
 
 class TestGroupNorm(Suite):

@@ -187,7 +187,7 @@ BROKEN = [
     (LeavesAHook, "unwrapping_gives_the_model_back", "hooks are left behind: .*print_nothing.* on left"),
     (TellsOtherMasks, "masked_equals_small", "outputs of the small model: they differ"),
     (TellsOtherMasks, "masks_travel", "after update_masks"),
-    (ForgetsTheSums, "an_interrupted_run_goes_on", "not the same when step [13] was the last before a crash"),
+    (ForgetsTheSums, "an_interrupted_run_goes_on", "not the same when step [123] was the last before a crash"),
     (ForgetsTheSums, "an_interrupted_schedule_goes_on", "not the same when step (5|11) was the last before a crash"),
     (DecidesByRank, "two_processes_agree", "not the same in the other process: mask of left.weight by evaluator"),
     (PrunesInTheEnd, "pruned_before_the_first_step_of_a_fused_run", r"\[0, 0, 0, 0, 0, 0\] elements are masked"),

@@ -206,7 +206,7 @@ class PruningScenarios(ABC):
         pruning.pruner.finish()
         assert_exact(pruning.pruner, RATIO)
 
-    def _assert_goes_on(self, steps: int, crashes: tuple[int, ...], schedule: Schedule | None = None) -> None:
+    def _assert_goes_on(self, steps: int, crashes: list[int], schedule: Schedule | None = None) -> None:
         """A loop that ends after some of its steps and goes on in objects that are made anew comes to the same."""
         saved: dict[int, bytes] = {}
         with self._pruning(self._config(), "loop", schedule=schedule) as pruning:
