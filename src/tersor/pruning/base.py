@@ -132,6 +132,22 @@ class Pruner(Compressor):
             reasons = sorted({f"{row.module}.{row.target}: {row.reason}" for row in self.plan.rows if row.reason})
             raise ConfigError("nothing would be pruned", where="config_list", remedy="; ".join(reasons[:5]))
 
+    def refuse_impossible(self) -> None:
+        """Raise before any training where no scores at all would make what the config list asks for possible.
+
+        Raises:
+            EmptyLayerError: a ratio would leave nothing of a layer.
+            ConfigError: nothing would be pruned, or settings that cannot hold together.
+        """
+        self.refuse_nothing()
+        equal = {target.name: torch.zeros(target.blocks.grid) for target in self._scored() if target.blocks is not None}
+        # What a threshold removes is not known before there are scores.
+        decide(
+            choices(self.plan.targets),
+            equal,
+            lambda asked, target: asked if getattr(target.config.spec, "sparse_threshold", None) is None else 0.0,
+        )
+
     def apply_decision(self, keep: Mapping[str, Tensor]) -> None:
         """Mask what does not live, and what follows from it.
 

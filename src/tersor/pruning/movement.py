@@ -105,7 +105,7 @@ class MovementPruner(Pruner):
 
     def on_start(self) -> None:
         """Begin anew: scores of 0, nothing masked."""
-        self.refuse_nothing()
+        self.refuse_impossible()
         self._steps, self.completes = 0, False
         for learned in self._learner.learned.values():
             learned.value.detach().zero_()
