@@ -27,7 +27,8 @@ class Compressor(ABC):
     made by :meth:`from_compressor` works on the same wrappers, and one training run, started from any, serves them all.
 
     A subclass implements what is its own: :meth:`on_start` (before training), :meth:`on_loss`, :meth:`on_gradients` and
-    :meth:`on_step` (during), :meth:`on_finish` (after), and :meth:`result`.
+    :meth:`on_step` (during), :meth:`on_finish` (after), :meth:`on_stop` (after, also where training failed), and
+    :meth:`result`.
 
     Args:
         model: the model; it is wrapped in place.
@@ -154,9 +155,12 @@ class Compressor(ABC):
     def unwrap_model(self, *, bake: bool = False) -> nn.Module:
         """Give the model back as it was, apart from what training changed. Affects all fused compressors.
 
+        What watches training ends with it.
+
         Args:
             bake: write the masked or quantized values into the parameters first; otherwise the latent ones stay.
         """
+        self._stop()
         self.wrappers.detach(bake=bake)
         return self.model
 
@@ -200,9 +204,14 @@ class Compressor(ABC):
                 where="compress",
                 remedy="Give a TorchEvaluator, or call compress() without a length.",
             )
-        self.start()
-        if not any(item.on_train(max_steps, max_epochs) for item in self._chain) and trains and evaluator is not None:
-            evaluator.train(self.model, self, max_steps=max_steps, max_epochs=max_epochs)
+        try:
+            self.start()
+            trained = any(item.on_train(max_steps, max_epochs) for item in self._chain)
+            if not trained and trains and evaluator is not None:
+                evaluator.train(self.model, self, max_steps=max_steps, max_epochs=max_epochs)
+        except BaseException:
+            self._stop()
+            raise
         self.finish()
         return self.result()
 
@@ -242,8 +251,13 @@ class Compressor(ABC):
 
     def finish(self) -> None:
         """After training; :meth:`compress` calls it. Call it yourself for a training loop of your own."""
+        self._stop()
         for item in self._chain:
             item.on_finish()
+
+    def _stop(self) -> None:
+        for item in self._chain:
+            item.on_stop()
 
     def on_start(self) -> None:  # noqa: B027 - an algorithm takes part only where it wants to
         """Before training."""
@@ -261,6 +275,9 @@ class Compressor(ABC):
 
     def on_step(self) -> None:  # noqa: B027
         """Parameters are new."""
+
+    def on_stop(self) -> None:  # noqa: B027
+        """No more of the training is seen, whether it came to its end or failed: remove what only watches it."""
 
     def on_finish(self) -> None:  # noqa: B027
         """After training."""

@@ -150,6 +150,10 @@ class ScheduledPruner(Stepwise):
             self.prune_now()
         self._look_ahead()
 
+    def on_stop(self) -> None:
+        """The pruner's."""
+        self.pruner.on_stop()
+
     def on_finish(self) -> None:
         """Refuse a training that ended too soon.
 
