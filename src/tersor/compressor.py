@@ -72,15 +72,7 @@ class Compressor(ABC):
         self._chain: list[Compressor] = previous._chain if previous else []  # one list, shared by all that are fused
         self._config_list = config_list
         self._gradients_seen = False
-        self._plan_and_wrap(previous.plan.coupling if previous else None, example_inputs)
-        self._chain.append(self)
-
-    def _plan_and_wrap(self, coupling: Coupling | None, example_inputs: Any) -> None:
-        with self.wrappers.detached():
-            if coupling is None and example_inputs is not None:
-                coupling = coupling_of(self.model, example_inputs)
-            defaults = self.default_granularity, self.default_balance
-            self.plan = make_plan(self.model, self._config_list, self.mode, coupling, *defaults)
+        self._make_plan(previous.plan.coupling if previous else None, example_inputs)
         self._refuse_overlap()
         try:
             self._wrap_targets()
@@ -88,15 +80,21 @@ class Compressor(ABC):
             if not self._chain:
                 self.wrappers.detach()
             raise
+        self._chain.append(self)
+
+    def _make_plan(self, coupling: Coupling | None, example_inputs: Any) -> None:
+        with self.wrappers.detached():
+            if coupling is None and example_inputs is not None:
+                coupling = coupling_of(self.model, example_inputs)
+            defaults = self.default_granularity, self.default_balance
+            self.plan = make_plan(self.model, self._config_list, self.mode, coupling, *defaults)
 
     def wrap_anew(self) -> None:
         """Plan and wrap again, when the model has been made small; nothing else may be fused."""
         self.wrappers.detach()
         self.wrappers = ModelWrappers(self.model)
-        fused = list(self._chain)
-        self._chain.clear()
-        self._plan_and_wrap(None, self.example_inputs)
-        self._chain.extend(fused)
+        self._make_plan(None, self.example_inputs)
+        self._wrap_targets()
 
     @classmethod
     def from_compressor(
