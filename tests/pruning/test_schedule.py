@@ -443,7 +443,11 @@ class TestSmallBetweenRounds:
                 config_list = auto_set_dependency_group_ids(model, config_list, x)
             pruner = L1NormPruner(model, config_list, example_inputs=x)
             schedule = LinearPruner(pruner, total_times=1, speedup=ModelSpeedup)
-            with nullcontext() if together else pytest.warns(UserWarning, match="not cut: up.weight .1., skip.weight .1."):
+            with (
+                nullcontext()
+                if together
+                else pytest.warns(UserWarning, match="not cut: up.weight .1., skip.weight .1.")
+            ):
                 schedule.compress()
             schedule.unwrap_model()
             shapes[together] = len(model.skip.weight)
