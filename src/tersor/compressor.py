@@ -27,7 +27,8 @@ class Compressor(ABC):
     made by :meth:`from_compressor` works on the same wrappers, and one training run, started from any, serves them all.
 
     A subclass implements what is its own: :meth:`on_start` (before training), :meth:`on_loss`, :meth:`on_gradients` and
-    :meth:`on_step` (during), :meth:`on_finish` (after), and :meth:`result`.
+    :meth:`on_step` (during), :meth:`on_finish` (after), :meth:`on_stop` (after, also where training failed), and
+    :meth:`result`.
 
     Args:
         model: the model; it is wrapped in place.
@@ -71,15 +72,7 @@ class Compressor(ABC):
         self._chain: list[Compressor] = previous._chain if previous else []  # one list, shared by all that are fused
         self._config_list = config_list
         self._gradients_seen = False
-        self._plan_and_wrap(previous.plan.coupling if previous else None, example_inputs)
-        self._chain.append(self)
-
-    def _plan_and_wrap(self, coupling: Coupling | None, example_inputs: Any) -> None:
-        with self.wrappers.detached():
-            if coupling is None and example_inputs is not None:
-                coupling = coupling_of(self.model, example_inputs)
-            defaults = self.default_granularity, self.default_balance
-            self.plan = make_plan(self.model, self._config_list, self.mode, coupling, *defaults)
+        self._make_plan(previous.plan.coupling if previous else None, example_inputs)
         self._refuse_overlap()
         try:
             self._wrap_targets()
@@ -87,15 +80,21 @@ class Compressor(ABC):
             if not self._chain:
                 self.wrappers.detach()
             raise
+        self._chain.append(self)
+
+    def _make_plan(self, coupling: Coupling | None, example_inputs: Any) -> None:
+        with self.wrappers.detached():
+            if coupling is None and example_inputs is not None:
+                coupling = coupling_of(self.model, example_inputs)
+            defaults = self.default_granularity, self.default_balance
+            self.plan = make_plan(self.model, self._config_list, self.mode, coupling, *defaults)
 
     def wrap_anew(self) -> None:
         """Plan and wrap again, when the model has been made small; nothing else may be fused."""
         self.wrappers.detach()
         self.wrappers = ModelWrappers(self.model)
-        fused = list(self._chain)
-        self._chain.clear()
-        self._plan_and_wrap(None, self.example_inputs)
-        self._chain.extend(fused)
+        self._make_plan(None, self.example_inputs)
+        self._wrap_targets()
 
     @classmethod
     def from_compressor(
@@ -154,9 +153,12 @@ class Compressor(ABC):
     def unwrap_model(self, *, bake: bool = False) -> nn.Module:
         """Give the model back as it was, apart from what training changed. Affects all fused compressors.
 
+        What watches training ends with it.
+
         Args:
             bake: write the masked or quantized values into the parameters first; otherwise the latent ones stay.
         """
+        self._stop()
         self.wrappers.detach(bake=bake)
         return self.model
 
@@ -200,9 +202,14 @@ class Compressor(ABC):
                 where="compress",
                 remedy="Give a TorchEvaluator, or call compress() without a length.",
             )
-        self.start()
-        if not any(item.on_train(max_steps, max_epochs) for item in self._chain) and trains and evaluator is not None:
-            evaluator.train(self.model, self, max_steps=max_steps, max_epochs=max_epochs)
+        try:
+            self.start()
+            trained = any(item.on_train(max_steps, max_epochs) for item in self._chain)
+            if not trained and trains and evaluator is not None:
+                evaluator.train(self.model, self, max_steps=max_steps, max_epochs=max_epochs)
+        except BaseException:
+            self._stop()
+            raise
         self.finish()
         return self.result()
 
@@ -242,8 +249,13 @@ class Compressor(ABC):
 
     def finish(self) -> None:
         """After training; :meth:`compress` calls it. Call it yourself for a training loop of your own."""
+        self._stop()
         for item in self._chain:
             item.on_finish()
+
+    def _stop(self) -> None:
+        for item in self._chain:
+            item.on_stop()
 
     def on_start(self) -> None:  # noqa: B027 - an algorithm takes part only where it wants to
         """Before training."""
@@ -261,6 +273,9 @@ class Compressor(ABC):
 
     def on_step(self) -> None:  # noqa: B027
         """Parameters are new."""
+
+    def on_stop(self) -> None:  # noqa: B027
+        """No more of the training is seen, whether it came to its end or failed: remove what only watches it."""
 
     def on_finish(self) -> None:  # noqa: B027
         """After training."""

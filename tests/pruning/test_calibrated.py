@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.errors import ConfigError, ConflictError, EmptyLayerError, InvalidValueError
+from tersor.errors import ConfigError, ConflictError, EmptyLayerError, InvalidValueError, NumericalError
 from tersor.pruning import AGPPruner, L1NormPruner, LevelPruner, OBSPruner, SparseGPTPruner, WandaPruner
+from tersor.pruning.reconstruction import reconstruct
 from tersor.speedup import ModelSpeedup
 from tests.networks import randomize
 
@@ -284,4 +285,58 @@ class TestRefusals:
         pruner = OBSPruner(model, [{"op_names": ["first"], "sparse_ratio": 0.5}], calibration=[x], example_inputs=x)
         with pytest.raises(ConflictError, match=r"first\.weight: no linear layer or plain convolution reads"):
             pruner.compress()
+        pruner.unwrap_model()
+
+
+class TestErrorsInBetween:
+    """The second of two layers cannot be pruned."""
+
+    @pytest.mark.parametrize("pruner_class", [WandaPruner, SparseGPTPruner])
+    def test_the_masks_are_those_from_before(self, pruner_class, monkeypatch):
+        model, mask = mlp(), torch.ones(16, 12, dtype=torch.bool)
+        mask[:, 3] = False
+        pruner = pruner_class(model, LINEAR, calibration=BATCHES)
+        pruner.update_masks({"0": {"weight": mask}})
+        choose = pruner.choose
+
+        def choose_or_fail(target, *args):
+            if target.name == "2.weight":
+                raise NumericalError("singular", where="2.weight")
+            return choose(target, *args)
+
+        monkeypatch.setattr(pruner, "choose", choose_or_fail)
+        with pytest.raises(NumericalError):
+            pruner.compress()
+        for masks in (pruner.get_masks(), pruner.get_masks(completed=True)):
+            assert list(masks) == ["0"]
+            assert torch.equal(masks["0"]["weight"], mask)
+        pruner.unwrap_model()
+
+    def test_readers_are_fitted_all_or_none(self, monkeypatch):
+        model, calls = mlp(), []
+        before = copy.deepcopy(model.state_dict())
+
+        def fit_or_fail(*args, **kwargs):
+            calls.append(kwargs["where"])
+            if len(calls) == 2:
+                raise NumericalError("singular", where=calls[-1])
+            return reconstruct(*args, **kwargs)
+
+        monkeypatch.setattr("tersor.pruning.obs.reconstruct", fit_or_fail)
+        pruner = OBSPruner(model, TestOBS.CONFIG, calibration=BATCHES, example_inputs=X[:2])
+        with pytest.raises(NumericalError):
+            pruner.compress()
+        assert calls == ["2", "4"]
+        assert pruner.get_masks() == {}
+        assert pruner._moments == {}
+        pruner.unwrap_model()
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+    def test_pruning_again_by_as_much_changes_nothing(self):
+        """What is gone carries nothing, costs nothing, and leaves first."""
+        model = mlp()
+        pruner, masks = pruned(OBSPruner, model, TestOBS.CONFIG, X, example_inputs=X[:2])
+        outputs = model(X).detach()
+        assert all(torch.equal(own["weight"], masks[name]["weight"]) for name, own in pruner.generate_masks().items())
+        torch.testing.assert_close(model(X).detach(), outputs, rtol=1e-4, atol=1e-4)
         pruner.unwrap_model()

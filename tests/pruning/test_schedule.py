@@ -1,11 +1,18 @@
 """Schedules within one training run, and in rounds that are resumed."""
 
+import io
+import math
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from tersor.errors import CheckpointError, ConflictError, InvalidValueError, SpeedupError, TrainingError
 from tersor.pruning import (
+    ADMMPruner,
     AGPPruner,
     L1NormPruner,
     LevelPruner,
@@ -14,6 +21,9 @@ from tersor.pruning import (
     TaylorPruner,
 )
 from tersor.speedup import ModelSpeedup
+from tersor.targets.dependency import auto_set_dependency_group_ids
+from tersor.training import TorchEvaluator
+from tests.networks import Upsampling, randomize
 from tests.pruning.training import BATCHES, DATA, X, equal, evaluator_of, network, removed_of, values
 from tests.test_compressor import ToyDistiller, ToyQuantizer
 
@@ -250,7 +260,9 @@ class TestRounds:
             if total == 2:
                 schedule.compress(max_steps=2)
             else:
-                with pytest.raises(CheckpointError, match=r"rounds\.pt: .*its schedule differ.*another log_dir"):
+                with pytest.raises(
+                    CheckpointError, match=r"LinearPruner\.total_times \(2, and 3 here\)\. Give another log_dir"
+                ):
                     schedule.compress(max_steps=2)
             schedule.unwrap_model()
 
@@ -372,3 +384,304 @@ class TestRefusals:
         with pytest.raises(SpeedupError, match="only a graph"):
             schedule.compress()
         schedule.unwrap_model()
+
+
+class TestSmallBetweenRounds:
+    def test_thresholds_are_no_shares_of_what_is_left(self):
+        model = network()
+        norms = model[0].weight.detach().abs().flatten(1).sum(1)
+        threshold = float(norms.sort().values[4]) + 1e-4
+        pruner = L1NormPruner(model, [{"op_names": ["0"], "sparse_threshold": threshold}], example_inputs=X[:2])
+        schedule = LinearPruner(pruner, total_times=4, speedup=ModelSpeedup)
+        schedule.compress()
+        expected = [int((norms < threshold * of / 4).sum()) for of in range(1, 5)]
+        assert [of.removed * 8 for of in schedule.rounds] == expected
+        schedule.unwrap_model()
+
+    def test_greatest_ratios_are_of_the_whole(self):
+        config_list = [{"op_names": ["0"], "sparse_ratio": 0.75, "max_sparse_ratio": 0.5}]
+        schedule = LinearPruner(
+            L1NormPruner(network(), config_list, example_inputs=X[:2]), total_times=4, speedup=ModelSpeedup
+        )
+        schedule.compress()
+        assert [of.removed * 8 for of in schedule.rounds] == [1, 3, 4, 4]
+        schedule.unwrap_model()
+
+    def test_a_round_may_remove_nothing(self):
+        model = network()
+        schedule = LinearPruner(
+            L1NormPruner(model, CHANNELS, example_inputs=X[:2]), total_times=10, speedup=ModelSpeedup
+        )
+        schedule.compress()
+        expected = [int(0.05 * of * 8 + 1e-6) + int(0.05 * of * 6 + 1e-6) for of in range(1, 11)]
+        assert [round(of.removed * 14) for of in schedule.rounds] == expected
+        schedule.unwrap_model()
+
+    def test_the_last_channel_stays(self):
+        model = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+        config_list = [{"op_names": ["0", "2"], "sparse_ratio": 0.67}]
+        schedule = AGPPruner(
+            L1NormPruner(model, config_list, example_inputs=torch.ones(2, 4)), total_times=5, speedup=ModelSpeedup
+        )
+        small, _ = schedule.compress()
+        assert (small[0].weight.shape, small[2].weight.shape) == ((1, 4), (1, 1))
+        schedule.unwrap_model()
+
+    def test_single_elements_are_refused(self):
+        pruner = LevelPruner(network(), ELEMENTS, example_inputs=X[:2])
+        with pytest.raises(ConflictError, match=r"speedup: .*0\.weight: a model gets small by whole channels"):
+            LinearPruner(pruner, speedup=ModelSpeedup)
+        pruner.unwrap_model()
+
+    def test_what_is_masked_and_cannot_be_cut_is_said(self):
+        """Two convolutions that are added lose the same channels, unless they decide each for itself."""
+        shapes = {}
+        for together in (False, True):
+            model, x = randomize(Upsampling()), torch.randn(2, 3, 8, 8)
+            config_list = [{"op_names": ["skip", "up"], "sparse_ratio": 0.5}]
+            if together:
+                config_list = auto_set_dependency_group_ids(model, config_list, x)
+            pruner = L1NormPruner(model, config_list, example_inputs=x)
+            schedule = LinearPruner(pruner, total_times=1, speedup=ModelSpeedup)
+            with (
+                nullcontext()
+                if together
+                else pytest.warns(UserWarning, match="not cut: up.weight .1., skip.weight .1.")
+            ):
+                schedule.compress()
+            schedule.unwrap_model()
+            shapes[together] = len(model.skip.weight)
+        assert shapes[True] == 3 < shapes[False]
+
+    def test_functions_that_accumulate_and_an_optimizer_with_moments(self):
+        model = network()
+
+        def training_func(model, optimizer, training_step, lr_schedulers, max_steps, max_epochs):
+            model.train()
+            for number, batch in enumerate(DATA):
+                training_step(batch, model).backward()
+                if number % 2:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=False)
+
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        evaluator = TorchEvaluator(
+            training_func, optimizer, lambda batch, model: F.cross_entropy(model(batch[0]), batch[1]), dummy_input=X[:2]
+        )
+        schedule = LinearPruner(TaylorPruner(model, CHANNELS, evaluator, 2), total_times=3, speedup=ModelSpeedup)
+        schedule.compress(max_epochs=1)
+        assert [round(of.removed * 14) for of in schedule.rounds] == [2, 4, 7]
+        for parameter, state in optimizer.state.items():
+            assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+            assert state["step"] == 2  # of the last round alone
+        schedule.unwrap_model()
+
+
+class TestBest:
+    @pytest.mark.parametrize(
+        ("metrics", "best", "number"),
+        [
+            ([math.nan, 0.5, 0.9, 0.7], "maximize", 3),
+            ([0.5, math.nan, 0.4, math.nan], "maximize", 1),
+            ([0.5, math.nan, 0.4, math.nan], "minimize", 3),
+            ([math.nan] * 4, "maximize", 4),
+            ([0.5, 0.9, 0.9, 0.1], "maximize", 3),
+        ],
+    )
+    def test_nan_is_never_better(self, metrics, best, number):
+        model = network()
+        evaluator, values_of = evaluator_of(model), iter(metrics)
+        evaluator._evaluating_func = lambda model: next(values_of)
+        schedule = LinearPruner(L1NormPruner(model, CHANNELS, evaluator), total_times=4, best=best)
+        schedule.compress(max_steps=1)
+        assert removed_of(schedule)["0.weight"] == number
+        schedule.unwrap_model()
+
+
+class TestGoingOn:
+    def test_optimizers_begin_anew_also_behind_steps_that_are_kept(self):
+        """ADMM's steps stay; a schedule of learning rates that ends with the round does not notice them."""
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=BATCHES)
+        evaluator = TorchEvaluator.from_loader(
+            DATA, F.cross_entropy, optimizer, scheduler, scheduler_interval="step", dummy_input=X[:2]
+        )
+        schedule = LinearPruner(ADMMPruner(model, CHANNELS, evaluator, 1, 2), total_times=2)
+        schedule.compress(max_epochs=1)
+        assert scheduler.last_epoch == BATCHES
+        schedule.unwrap_model()
+
+    def test_a_second_run_is_refused(self):
+        for interrupted in (False, True):
+            model = network()
+            evaluator = evaluator_of(model)
+            if interrupted:
+                evaluator._evaluating_func = interrupt
+            schedule = LinearPruner(L1NormPruner(model, CHANNELS, evaluator), total_times=2)
+            with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+                schedule.compress(max_steps=1)
+            with pytest.raises(TrainingError, match="the rounds have been run"):
+                schedule.compress(max_steps=1)
+            schedule.unwrap_model()
+
+    @pytest.mark.parametrize("phase", ["training", "evaluation"])
+    @pytest.mark.parametrize("speedup", [None, ModelSpeedup])
+    def test_an_interrupt_leaves_the_best_so_far(self, phase, speedup):
+        model = network()
+        evaluator = evaluator_of(model)
+        seen, evaluate, train = [], evaluator.evaluate, evaluator.train
+
+        def evaluated(model):
+            metric = evaluate(model)
+            if phase == "evaluation" and len(seen) == 2:
+                raise KeyboardInterrupt
+            seen.append(model(X).detach())
+            return metric
+
+        def trained(model, *args, **kwargs):
+            result = train(model, *args, **kwargs)
+            if phase == "training" and len(seen) == 2:
+                raise KeyboardInterrupt
+            return result
+
+        evaluator.evaluate, evaluator.train = evaluated, trained
+        schedule = LinearPruner(L1NormPruner(model, CHANNELS, evaluator), total_times=4, speedup=speedup)
+        with pytest.raises(KeyboardInterrupt):
+            schedule.compress(max_steps=2)
+        best, _ = schedule.result()
+        torch.testing.assert_close(best(X), seen[1])
+        schedule.unwrap_model()
+
+    @pytest.mark.parametrize(
+        ("key", "change"),
+        [
+            ("best", {"best": "maximize"}),
+            ("speedup", {"speedup": ModelSpeedup}),
+            (r"TaylorPruner\.training_steps \(2, and 3 here\)", {"training_steps": 3}),
+            (r"0\.weight", {"ratio": 0.25}),
+            (r"max_steps \(1, and 2 here\)", {"max_steps": 2}),
+        ],
+    )
+    def test_a_log_is_of_one_setting(self, key, change, tmp_path):
+        def run(*, training_steps=2, ratio=0.5, max_steps=1, **kwargs):
+            model = network()
+            config_list = [{"op_names": ["0", "3"], "sparse_ratio": ratio}]
+            pruner = TaylorPruner(model, config_list, evaluator_of(model), training_steps)
+            schedule = LinearPruner(pruner, total_times=2, log_dir=tmp_path, **kwargs)
+            try:
+                schedule.compress(max_steps=max_steps)
+            finally:
+                schedule.unwrap_model()
+
+        run()
+        with pytest.raises(CheckpointError, match=rf"which differs in {key}"):
+            run(**change)
+
+
+def interrupt(model):
+    raise KeyboardInterrupt
+
+
+class TestThroughTheSchedule:
+    def test_masks_and_plan_are_the_pruners(self):
+        model = network()
+        pruner = L1NormPruner(model, CHANNELS, example_inputs=X[:2])
+        schedule = LinearPruner(pruner, total_times=2)
+        masks = schedule.generate_masks()
+        assert {name: int((~of["weight"]).flatten(1).all(1).sum()) for name, of in masks.items()} == {"0": 4, "3": 3}
+        assert removed_of(schedule) == removed_of(pruner)
+        assert schedule.plan is pruner.plan
+        mask = torch.ones(8, 3, 3, 3)
+        mask[2] = 0
+        schedule.update_masks({"0": {"weight": mask}})
+        assert torch.equal(pruner.get_masks()["0"]["weight"], mask.bool())
+        schedule.unwrap_model()
+
+    def test_what_watches_training_is_gathered(self):
+        model = network()
+        schedule = LinearPruner(TaylorPruner(model, CHANNELS, evaluator_of(model), 2), total_times=2)
+        with pytest.raises(TrainingError, match="has not watched any step"):
+            schedule.generate_masks()
+        schedule.gather()
+        assert schedule.generate_masks()["0"]["bias"].sum() == 4
+        schedule.unwrap_model()
+
+
+class TestLoopsOfOnesOwn:
+    @pytest.mark.parametrize("schedule_class", [LinearPruner, LotteryTicketPruner])
+    def test_a_killed_one_goes_on(self, schedule_class):
+        """Five of eight steps, everything saved and built anew, the other three: the same as eight at once."""
+
+        def made():
+            model = network().train()
+            pruner = TaylorPruner(model, CHANNELS, training_steps=2, example_inputs=X[:2])
+            return model, schedule_class(pruner, 3, 2), torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+        def steps(model, schedule, optimizer, numbers):
+            for number in numbers:
+                x, y = DATA[number % BATCHES]
+                optimizer.zero_grad()
+                schedule.loss(F.cross_entropy(model(x), y)).backward()
+                schedule.before_step()
+                optimizer.step()
+                schedule.step()
+
+        results = []
+        for killed in (None, 1, 3, 5):
+            model, schedule, optimizer = made()
+            schedule.start()
+            steps(model, schedule, optimizer, range(killed or 8))
+            if killed:
+                file = io.BytesIO()
+                torch.save([of.state_dict() for of in (schedule, model, optimizer)], file)
+                schedule.unwrap_model()
+                file.seek(0)
+                saved = torch.load(file, weights_only=True)
+                model, schedule, optimizer = made()
+                for item, state in zip((schedule, model, optimizer), saved, strict=True):
+                    item.load_state_dict(state)
+                steps(model, schedule, optimizer, range(killed, 8))
+            schedule.finish()
+            assert removed_of(schedule) == {"0.weight": 4, "3.weight": 3}
+            schedule.unwrap_model()
+            results.append(values(model))
+        assert all(equal(results[0], of) for of in results[1:])
+
+    def test_rounds_are_refused(self):
+        schedule = LinearPruner(L1NormPruner(network(), CHANNELS, example_inputs=X[:2]), total_times=2)
+        schedule.start()
+        schedule.step()
+        with pytest.raises(TrainingError, match=r"nothing has been pruned: rounds are run by compress\(\)"):
+            schedule.finish()
+        schedule.unwrap_model()
+
+    def test_an_interval_too_short_to_watch(self):
+        pruner = TaylorPruner(network(), CHANNELS, training_steps=5, example_inputs=X[:2])
+        with pytest.raises(ConflictError, match="TaylorPruner watches 5 steps before it prunes, and an interval has 4"):
+            LinearPruner(pruner, 4, 2)
+        pruner.unwrap_model()
+
+
+class TestTickets:
+    def test_a_round_is_a_training_from_the_beginning(self):
+        """The initial network under the first round's masks, trained as usual: the same weights and statistics."""
+        model, plain = network(), network()
+        evaluator = evaluator_of(model)
+        evaluate, seen = evaluator.evaluate, []
+        evaluator.evaluate = lambda model: (seen.append((schedule.get_masks(), values(model))), evaluate(model))[1]
+        schedule = LotteryTicketPruner(L1NormPruner(model, CHANNELS, evaluator), total_times=2)
+        schedule.compress(max_epochs=2)
+        schedule.unwrap_model()
+        masks, trained = seen[0]
+        pruner = L1NormPruner(plain, CHANNELS, evaluator_of(plain))
+        pruner.update_masks(masks)
+        pruner.evaluator.train(plain, max_epochs=2)
+        assert equal(trained, values(plain))
+        pruner.unwrap_model()
+
+    def test_a_beginning_behind_the_first_pruning_is_refused(self):
+        pruner = L1NormPruner(network(), CHANNELS, example_inputs=X[:2])
+        with pytest.raises(ConflictError, match="rewind_steps: the weights cannot go back to step 4"):
+            LotteryTicketPruner(pruner, 2, 2, rewind_steps=4)
+        pruner.unwrap_model()

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from tersor.compressor import Compressor
 from tersor.config.parse import ConfigList
 from tersor.config.values import is_activation
-from tersor.errors import InvalidValueError, TrainingError
+from tersor.errors import InvalidValueError
 from tersor.pruning.learning import LearningPruner
-from tersor.targets.activations import watch_activation
 from tersor.targets.channels import activation_channel_dim, channel_dims
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
@@ -45,8 +44,6 @@ class ActivationRankPruner(LearningPruner):
         InvalidValueError: an unknown activation, or a target of a module whose channels are not known.
     """
 
-    _handles: tuple[RemovableHandle, ...] = ()
-
     def __init__(
         self,
         model: nn.Module,
@@ -64,6 +61,7 @@ class ActivationRankPruner(LearningPruner):
             legal = (*map(repr, ACTIVATIONS), "a function")
             raise InvalidValueError(f"{activation!r} is unknown.", where="activation", legal=legal)
         self._activation = function
+        self._counts: dict[str, int] = {}
         super().__init__(
             model,
             config_list,
@@ -92,22 +90,14 @@ class ActivationRankPruner(LearningPruner):
         super()._wrap_targets()
 
     def begin(self) -> None:
-        """Forget the sums, and look at the activations."""
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        handles: list[RemovableHandle] = []
+        """Look at the activations."""
+        self._counts = {}
         for target in self._scored():
             name = target.config.target_name if is_activation(target.config.target_name) else "_output_0"
-            handles.append(watch_activation(target.config.module, name, self._looking_at(target)))
-        self._handles = tuple(handles)
+            self.look_at(target, name, partial(self._look, target))
 
     def observe(self) -> None:
         """Nothing: the forward passes have been seen."""
-
-    def end(self) -> None:
-        """Look away."""
-        for handle in self._handles:
-            handle.remove()
 
     def collect(self) -> dict[str, Tensor]:
         """The mean statistic, over all samples of all processes, in a shape that broadcasts to the target's.
@@ -122,43 +112,29 @@ class ActivationRankPruner(LearningPruner):
         return blocks.tiles(values.expand(blocks.shape).contiguous()).mean(blocks.inside)
 
     def own_state(self) -> dict[str, Any]:
-        """The masks, the progress and the sums."""
-        seen = {"sums": getattr(self, "_sums", {}), "counts": getattr(self, "_counts", {})}
-        return {**super().own_state(), **seen}
+        """The masks, the progress, the sums and over how many values they are."""
+        return {**super().own_state(), "counts": self._counts}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on from the sums."""
         super().load_own_state(state)
-        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._counts = dict(state["counts"])
 
-    def _looking_at(self, target: PlannedTarget) -> Callable[[Any], Any]:
-        module, name = target.config.module, target.name
-
-        @torch.no_grad()
-        def look(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not self.collecting:
-                return value
-            importance = self.statistic(self._activation(value.detach())).float()
-            if is_activation(target.config.target_name):
-                total, count = importance.sum(0, keepdim=True), len(value)
-            else:
-                dim = activation_channel_dim(module, value.dim())
-                total = importance.sum([other for other in range(value.dim()) if other != dim])
-                count = value.numel() // total.numel()
-            self._sums[name] = self._sums[name] + total if name in self._sums else total
-            self._counts[name] = self._counts.get(name, 0) + count
-            return value
-
-        return look
+    @torch.no_grad()
+    def _look(self, target: PlannedTarget, value: Tensor) -> None:
+        importance = self.statistic(self._activation(value.detach())).float()
+        if is_activation(target.config.target_name):
+            total, count = importance.sum(0, keepdim=True), len(value)
+        else:
+            dim = activation_channel_dim(target.config.module, value.dim())
+            total = importance.sum([other for other in range(value.dim()) if other != dim])
+            count = value.numel() // total.numel()
+        self.add(target, total)
+        self._counts[target.name] = self._counts.get(target.name, 0) + count
 
     def _mean(self, target: PlannedTarget) -> Tensor:
-        total = self._sums.get(target.name)
-        if total is None:
-            raise TrainingError(
-                "nothing passed its module in the watched steps",
-                where=target.name,
-                remedy="Leave it out of the config list, or let the training reach it.",
-            )
+        remedy = "Leave it out of the config list, or let the training reach it."
+        total = self.sum_of(target, missing="nothing passed its module", remedy=remedy)
         count = sum_over_processes(torch.tensor(float(self._counts[target.name]), device=total.device))
         mean = sum_over_processes(total) / count
         if is_activation(target.config.target_name):

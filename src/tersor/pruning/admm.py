@@ -80,6 +80,8 @@ class ADMMPruner(LearningPruner):
         self.default_granularity = defaults[granularity]
         self.iterations = iterations
         self.rho = rho
+        self._auxiliary: dict[str, Tensor] = {}
+        self._dual: dict[str, Tensor] = {}
         super().__init__(
             model,
             config_list,
@@ -129,8 +131,7 @@ class ADMMPruner(LearningPruner):
 
     def own_state(self) -> dict[str, Any]:
         """The masks, the progress, Z and U."""
-        seen = {"auxiliary": getattr(self, "_auxiliary", {}), "dual": getattr(self, "_dual", {})}
-        return {**super().own_state(), **seen}
+        return {**super().own_state(), "auxiliary": self._auxiliary, "dual": self._dual}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on from Z and U."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -267,6 +268,16 @@ class Pruner(Compressor):
                     known = merged.setdefault(module, {}).get(target)
                     merged[module][target] = mask if known is None else known & mask.to(known.device)
         return merged
+
+    @contextmanager
+    def _masks_kept_on_error(self) -> Iterator[None]:
+        """Put the masks back that are in place now, if what follows fails."""
+        before = self._own_masks
+        try:
+            yield
+        except BaseException:
+            self._apply(before)
+            raise
 
     def _apply(self, masks: dict[str, dict[str, Tensor]]) -> None:
         """Make these the pruner's own, and put the masks of all fused pruners in place, carried over by the graph."""

@@ -81,15 +81,17 @@ class CalibratedPruner(Pruner):
     def prune(self, ratio_now: RatioNow = as_asked) -> None:
         """Stage by stage: gather, choose, mask.
 
+        Where that fails, the masks are those from before; weights that an algorithm has adjusted by then stay so.
+
         Args:
             ratio_now: what each ratio of the config list is at this point of a schedule.
         """
         self.refuse_nothing()
         targets = {target.config.module_name: target for target in self._scored()}
         keep: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for target in targets.values():
-                self._refuse_emptying(target, ratio_now)
+        for target in targets.values():
+            self._refuse_emptying(target, ratio_now)
+        with torch.no_grad(), self._masks_kept_on_error():
             for stage in stages(self.model, self.calibration, list(targets)):
                 seen = {name: self._gatherer(targets[name]) for name in stage.modules}
                 stage.run(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,13 +17,20 @@ from tersor.targets.channels import is_norm_scale
 from tersor.targets.choices import Choices, Part
 from tersor.targets.planned import PlannedTarget
 
-RatioNow = Callable[[float, PlannedTarget], float]
-"""What a ratio (or threshold) of the config list comes to at this point of a schedule, for one target."""
+Setting = Literal["sparse_ratio", "min_sparse_ratio", "max_sparse_ratio", "sparse_threshold"]
 
 
-def as_asked(ratio: float, target: PlannedTarget) -> float:
+class RatioNow(Protocol):
+    """What a ratio (or threshold) of the config list comes to at this point of a schedule, for one target."""
+
+    def __call__(self, asked: float, target: PlannedTarget, setting: Setting = "sparse_ratio", /) -> float:
+        """What stands in the place of a setting that the config list gives as `asked`."""
+        ...
+
+
+def as_asked(asked: float, target: PlannedTarget, setting: Setting = "sparse_ratio", /) -> float:
     """The whole ratio at once."""
-    return ratio
+    return asked
 
 
 def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor], ratio_now: RatioNow = as_asked) -> dict[str, Tensor]:
@@ -34,7 +42,7 @@ def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor], ratio_now: Rat
     Args:
         sets: what is decided on.
         scores: one for each block, by the name of the target.
-        ratio_now: what each sparse ratio, least ratio and threshold is now.
+        ratio_now: what each ratio and threshold is now.
 
     Returns:
         one bool for each block, flat, by the name of the target; what belongs to no choice lives.
@@ -107,8 +115,8 @@ def _request(part: Part, scores: Tensor, factor: float, group: str | None, ratio
     spec = part.target.config.spec
     assert isinstance(spec, PruningSpec)
 
-    def now(asked: float | None) -> float | None:
-        return None if asked is None else ratio_now(asked, part.target)
+    def now(asked: float | None, setting: Setting) -> float | None:
+        return None if asked is None else ratio_now(asked, part.target, setting)
 
     if part.blocks is not None:
         if part.target.banks is not None:
@@ -126,10 +134,10 @@ def _request(part: Part, scores: Tensor, factor: float, group: str | None, ratio
         key=part,
         scores=scores,
         block_numel=part.weight,
-        ratio=now(spec.ratio),
-        threshold=now(spec.sparse_threshold),
-        min_ratio=now(spec.min_sparse_ratio),
-        max_ratio=spec.max_sparse_ratio,
+        ratio=now(spec.ratio, "sparse_ratio"),
+        threshold=now(spec.sparse_threshold, "sparse_threshold"),
+        min_ratio=now(spec.min_sparse_ratio, "min_sparse_ratio"),
+        max_ratio=now(spec.max_sparse_ratio, "max_sparse_ratio"),
         global_group=spec.global_group_id,
         normalize=spec.global_normalize is not None,
         dependency_group=group,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from tersor.compressor import Compressor
 from tersor.config.parse import ConfigList
 from tersor.errors import InvalidValueError, TrainingError
 from tersor.pruning.base import Pruner
+from tersor.pruning.decision import RatioNow, as_asked
+from tersor.targets.activations import watch_activation
+from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
 from tersor.training.snapshot import Snapshot
 
@@ -23,8 +28,8 @@ class LearningPruner(Pruner):
     was asked to, with the masks. In a training loop of the user's own, the first ``training_steps`` steps are watched
     and the masks are there after the last of them. Under a schedule each round is watched.
 
-    A subclass says what it remembers (:meth:`begin`), what it sees at each step (:meth:`observe`), and gives it to
-    :meth:`score` by :meth:`collect`.
+    A subclass says what it looks at (:meth:`begin`, :meth:`look_at`) and what it sees at each step (:meth:`observe`),
+    adds it up (:meth:`add`), and gives it to :meth:`score` by :meth:`collect`.
 
     Args:
         model: the model; it is wrapped in place.
@@ -65,6 +70,8 @@ class LearningPruner(Pruner):
         self.collecting = False
         self._watched = 0
         self._prunes_when_watched = False
+        self._sums: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
         super().__init__(model, config_list, evaluator, example_inputs=example_inputs, previous=previous)
 
     @property
@@ -72,26 +79,74 @@ class LearningPruner(Pruner):
         """How many steps are watched before a decision."""
         return self.training_steps
 
-    @abstractmethod
     def begin(self) -> None:
-        """Forget what was seen."""
+        """Steps are about to be watched, and nothing of earlier ones is known any more."""
 
     @abstractmethod
     def observe(self) -> None:
         """One step's gradients are complete, the parameters still old."""
 
-    def end(self) -> None:
-        """No more steps are seen."""
+    def look_at(self, target: PlannedTarget, name: str, look: Callable[[Tensor], None]) -> None:
+        """See an input or output of a target's module whenever it is called, until no more steps are watched.
+
+        Args:
+            target: whose module it is.
+            name: which input or output, such as ``_output_0``.
+            look: what to do with its value; what is no tensor is passed over.
+        """
+
+        def pass_on(value: Any) -> Any:
+            if isinstance(value, Tensor) and self.collecting:
+                look(value)
+            return value
+
+        self._handles.append(watch_activation(target.config.module, name, pass_on))
+
+    def add(self, target: PlannedTarget, seen: Tensor) -> None:
+        """Add to the sum of what was seen of a target.
+
+        Raises:
+            TrainingError: it has another shape than what was seen before.
+        """
+        if not self.collecting:  # a backward pass that comes late
+            return
+        known = self._sums.get(target.name)
+        if known is not None and known.shape != seen.shape:
+            raise TrainingError(
+                f"it has values of shape {tuple(known.shape[1:])} in one batch and {tuple(seen.shape[1:])} in another",
+                where=target.name,
+                remedy="Give batches of one size, or make the weight of a layer the target.",
+            )
+        self._sums[target.name] = seen if known is None else known.to(seen.device) + seen
+
+    def sum_of(self, target: PlannedTarget, *, missing: str, remedy: str) -> Tensor:
+        """The sum of what was seen of a target.
+
+        Args:
+            target: one of those that are scored.
+            missing: what to say if nothing was.
+            remedy: and what to do about it.
+
+        Raises:
+            TrainingError: nothing was.
+        """
+        if target.name not in self._sums:
+            raise TrainingError(f"{missing} in the watched steps", where=target.name, remedy=remedy)
+        return self._sums[target.name]
 
     def watch(self) -> None:
         """Watch the next steps of whatever training goes on."""
+        self.on_stop()
+        self._sums, self._watched = {}, 0
+        self.collecting = True
         self.begin()
-        self.collecting, self._watched = True, 0
 
-    def _stop(self) -> None:
-        if self.collecting:
-            self.collecting = False
-            self.end()
+    def on_stop(self) -> None:
+        """Watch no longer."""
+        self.collecting = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def gather(self) -> None:
         """Train for the steps that are watched, with this pruner alone taking part.
@@ -109,15 +164,11 @@ class LearningPruner(Pruner):
         with ExitStack() as back:
             if self.restores:
                 back.callback(Snapshot(self.model, evaluator).restore)
+            back.callback(self.on_stop)
             self.watch()
-            back.callback(self._stop)
             evaluator.train(self.model, _Alone(self), max_steps=self.watched_steps)
         if self._watched < self.watched_steps:
-            raise TrainingError(
-                f"it ended after {self._watched} of {self.watched_steps} steps, over which scores are collected",
-                where="training_func",
-                remedy="Lower training_steps, or let the function train until max_steps.",
-            )
+            raise self._ended_too_soon("training_func")
 
     def on_start(self) -> None:
         """Watch and prune; without an evaluator, watch the steps of the user's loop."""
@@ -139,22 +190,56 @@ class LearningPruner(Pruner):
             return
         self._watched += 1
         if self._watched == self.watched_steps:
-            self._stop()
+            self.on_stop()
             if self._prunes_when_watched:
                 self._prunes_when_watched = False
                 self.prune()
 
+    def on_finish(self) -> None:
+        """Refuse a loop of the user's own that ended too soon.
+
+        Raises:
+            TrainingError: the watching was not over, so nothing has been pruned.
+        """
+        if self._prunes_when_watched:
+            self._prunes_when_watched = False
+            raise self._ended_too_soon("finish")
+
+    def prune(self, ratio_now: RatioNow = as_asked) -> None:
+        """Collect, score, allocate, mask; see :meth:`tersor.pruning.base.Pruner.prune`.
+
+        Raises:
+            TrainingError: no step has been watched.
+        """
+        if not self._watched:
+            raise TrainingError(
+                f"{type(self).__name__} has not watched any step of training yet",
+                where="prune",
+                remedy="Call compress(), or gather() before generate_masks().",
+            )
+        super().prune(ratio_now)
+
     def own_state(self) -> dict[str, Any]:
-        """The masks, and how far the watching has come; a subclass adds what it has seen."""
+        """The masks, how far the watching has come, and what was seen."""
         progress = (self.collecting, self._watched, self._prunes_when_watched)
-        return {**super().own_state(), "progress": progress}
+        return {**super().own_state(), "progress": progress, "sums": self._sums}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on watching where :meth:`own_state` was asked."""
         super().load_own_state(state)
-        if state["progress"][0]:
-            self.begin()
-        self.collecting, self._watched, self._prunes_when_watched = state["progress"]
+        collecting, watched, self._prunes_when_watched = state["progress"]
+        if collecting:
+            self.watch()
+        else:
+            self.on_stop()
+        self._watched, self._sums = watched, dict(state["sums"])
+
+    def _ended_too_soon(self, where: str) -> TrainingError:
+        return TrainingError(
+            f"it ended after {self._watched} of {self.watched_steps} steps, over which scores are collected",
+            where=where,
+            remedy="Lower training_steps, or train for longer.",
+        )
 
 
 class _Alone:

@@ -18,9 +18,9 @@ class LotteryTicketPruner(ScheduledPruner):
     r"""Finds a sparse network that trains from its initial weights as well as the whole one: a winning ticket.
 
     The whole network is trained once. Then each of T rounds prunes the same share of what is left,
-    :math:`s_t = 1 - (1 - s_f)^{t/T}`, puts what stays back to its values at the beginning, and trains again. Give it a
-    model at its initial weights; with ``rewind_steps`` the beginning is that many steps into the training, which large
-    networks need.
+    :math:`s_t = 1 - (1 - s_f)^{t/T}`, puts what stays back to its values at the beginning, running statistics
+    included, and trains again. Give it a model at its initial weights; with ``rewind_steps`` the beginning is that many
+    steps into the training, which large networks need.
 
     Papers: Frankle, Carbin: The Lottery Ticket Hypothesis (ICLR 2019); for rewinding Frankle, Dziugaite, Roy, Carbin:
     Linear Mode Connectivity and the Lottery Ticket Hypothesis (ICML 2020).
@@ -36,7 +36,7 @@ class LotteryTicketPruner(ScheduledPruner):
         best: see there.
 
     Raises:
-        ConflictError: a target has a threshold in place of a ratio.
+        ConflictError: a target has a threshold in place of a ratio, or the first pruning comes before the beginning.
         InvalidValueError: a number of steps that is negative.
 
     Attributes:
@@ -64,6 +64,12 @@ class LotteryTicketPruner(ScheduledPruner):
                     where=f"{target.config.where} on {target.name}",
                     remedy="Give a sparse_ratio.",
                 )
+        if interval_steps is not None and rewind_steps > interval_steps:
+            raise ConflictError(
+                f"the weights cannot go back to step {rewind_steps} at the first pruning, after {interval_steps} steps",
+                where="rewind_steps",
+                remedy="Make it no longer than the interval.",
+            )
         super().__init__(pruner, interval_steps, total_times, evaluator, log_dir=log_dir, best=best)
         self.reset_weight, self.rewind_steps = reset_weight, rewind_steps
         self.origin: Snapshot | None = None
@@ -87,15 +93,20 @@ class LotteryTicketPruner(ScheduledPruner):
             self._remember()
         super().on_step()
 
-    def before_rounds(self, max_steps: int | None, max_epochs: int | None) -> None:
-        """Train the whole network."""
-        evaluator = self._trainer
-        if evaluator is None or (max_steps is None and max_epochs is None):
+    def on_train(self, max_steps: int | None, max_epochs: int | None) -> bool:
+        """Refuse what is no training; then as every schedule."""
+        if self._trainer is None or (max_steps is None and max_epochs is None):
             raise TrainingError(
                 "a ticket is what training finds, and there is no evaluator or no length of training",
                 where="compress",
                 remedy="Give an evaluator, and call compress(max_steps=...) or compress(max_epochs=...).",
             )
+        return super().on_train(max_steps, max_epochs)
+
+    def before_rounds(self, max_steps: int | None, max_epochs: int | None) -> None:
+        """Train the whole network."""
+        evaluator = self._trainer
+        assert evaluator is not None
         evaluator.train(self.model, self, max_steps=max_steps, max_epochs=max_epochs)
         if self.origin is None:
             raise TrainingError(
@@ -125,4 +136,4 @@ class LotteryTicketPruner(ScheduledPruner):
             self.origin.load_state_dict(state["origin"])
 
     def _remember(self) -> None:
-        self.origin = Snapshot(self.model, self._trainer, buffers=False)
+        self.origin = Snapshot(self.model, self._trainer, simulation=False)

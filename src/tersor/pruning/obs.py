@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any, final
 
 import numpy as np
@@ -74,20 +75,21 @@ class OBSPruner(Pruner):
         super().__init__(model, config_list, evaluator, example_inputs=example_inputs, previous=previous)
 
     def prune(self, ratio_now: RatioNow = as_asked) -> None:
-        """Gather the moments, decide, and fit the readers."""
+        """Gather the moments, decide, and fit the readers; where that fails, all is as it was before."""
         self.refuse_nothing()
         readers = {name: self.wrappers[name].module for name in self._readers}
-        with torch.no_grad():
+        with torch.no_grad(), self._masks_kept_on_error(), ExitStack() as forgotten:
             self._moments = {name: self._empty_moment(name) for name in readers}
+            forgotten.callback(self._moments.clear)
             for stage in stages(self.model, self.calibration, list(readers)) if readers else ():
                 stage.run(lambda name, inputs: self._moments[name].add(unfold_inputs(readers[name], inputs[0])))
             for name, moment in self._moments.items():
                 self._moments[name] = SecondMoment(*map(sum_over_processes, moment.tensors()))
             super().prune(ratio_now)
             removed = self._coupling.removed(self._merged())
-            for name in readers:
-                self._fit(name, ~removed[self._columns(name)])
-            self._moments = {}
+            fitted = [pair for name in readers for pair in self._fitted(name, ~removed[self._columns(name)])]
+            for latent, value in fitted:
+                latent.copy_(value)
 
     def importance(self) -> dict[str, Tensor]:
         """Each block's score is its choice's cost."""
@@ -137,8 +139,8 @@ class OBSPruner(Pruner):
             )
         return costs
 
-    def _fit(self, name: str, keep: np.ndarray) -> None:
-        """Least squares of one reader on the columns that stay."""
+    def _fitted(self, name: str, keep: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weight and bias of one reader, each with its least squares fit on the columns that stay."""
         if keep.all():
             return
         module, weight, moment = self.wrappers[name].module, self._weight(name), self._moments[name]
@@ -149,8 +151,8 @@ class OBSPruner(Pruner):
         fitted = reconstruct(rows[0], matrix, columns, damping=self.damping, where=name)
         if has_bias:
             bias = self.wrappers[name].tensor("bias")
-            bias.add_(bias_shift(rows[0], fitted, moment.x_mean[0].to(weight.device)).to(bias))
-        weight.copy_(from_rows(module, fitted.unsqueeze(0)))
+            yield bias, bias + bias_shift(rows[0], fitted, moment.x_mean[0].to(weight.device)).to(bias)
+        yield weight, from_rows(module, fitted.unsqueeze(0))
 
     @property
     def _coupling(self) -> Coupling:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import random
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tersor.compressor import Compressor
 from tersor.config import PruningSpec
 from tersor.errors import CheckpointError, ConflictError, InvalidValueError, SpeedupError, TrainingError
 from tersor.graph.coupling import Masks
 from tersor.pruning.base import Pruner
 from tersor.storage import replacing_file
 from tersor.targets.planned import PlannedTarget
-from tersor.training.ranks import is_first_process, mean_over_processes
+from tersor.training.ranks import is_first_process, mean_over_processes, of_each_process, process
+from tersor.training.snapshot import plain_name
 
 Best = Literal["latest", "maximize", "minimize"]
 
@@ -115,10 +120,8 @@ class Rounds:
     ) -> None:
         if best not in ("latest", "maximize", "minimize"):
             raise InvalidValueError(f"{best!r} is unknown.", where="best", legal=("latest", "maximize", "minimize"))
-        if speedup is not None and schedule.example_inputs is None:
-            raise ConflictError(
-                "a model is made small with example inputs", where="speedup", remedy="Give the pruner example_inputs."
-            )
+        if speedup is not None:
+            _refuse_what_cannot_be_cut(schedule)
         self.done: list[Round] = []
         self._schedule, self._speedup, self._best = schedule, speedup, best
         self._file = None if log_dir is None else Path(log_dir) / "rounds.pt"
@@ -126,14 +129,14 @@ class Rounds:
         self._cuts: list[Masks] = []
         self._kept: _Kept | None = None
         self._best_model: nn.Module | None = None
-        self._in_place = False
+        self._in_place = self._begun = False
 
     def run(self, max_steps: int | None, max_epochs: int | None) -> None:
         """All rounds that are not done yet; the best one's model is in place afterwards, whatever happens.
 
         Raises:
             ConflictError: the model is to be made small while other compressors are fused.
-            TrainingError: the best round is asked for, and there is no metric.
+            TrainingError: the best round is asked for, and there is no metric; or the rounds have been run.
             CheckpointError: the log is another run's.
         """
         schedule, evaluator = self._schedule, self._schedule._trainer
@@ -144,10 +147,17 @@ class Rounds:
                 where="speedup",
                 remedy="Leave speedup out, and make the model small at the end.",
             )
+        if self._begun:
+            raise TrainingError(
+                "the rounds have been run, also if they were ended too soon",
+                where="compress",
+                remedy="Build the model, the pruner and the schedule anew; with the same log_dir it then goes on.",
+            )
         fresh = None if evaluator is None else copy.deepcopy(evaluator.state_dict())
         described = self._described(max_steps, max_epochs)
         if self._file is not None and self._file.exists():
             self._resume(described)
+        self._begun = True
         try:
             if not self.done:
                 schedule.before_rounds(max_steps, max_epochs)
@@ -155,6 +165,7 @@ class Rounds:
                 self._in_place = False
                 self._restart(fresh)
                 schedule.pruner.gather()
+                self._restart(fresh)
                 schedule.prune_now(self._left if self._cuts else None)
                 if self._speedup is not None:
                     self._make_small()
@@ -190,32 +201,47 @@ class Rounds:
         number = len(self.done) + 1
         if self._is_best(metric):
             self._in_place = True
-            with schedule.wrappers.detached() if self._speedup is not None else torch.no_grad():
+            with nullcontext() if self._speedup is None else schedule.wrappers.detached():
                 self._kept = copy.deepcopy(_Kept(number, schedule.model.state_dict(), schedule.state_dict()))
                 self._best_model = None if self._speedup is None else copy.deepcopy(schedule.model)
         self.done.append(Round(number, metric, self._removed()))
 
     def _is_best(self, metric: float | None) -> bool:
-        known = [of.metric for of in self.done if of.metric is not None]
+        known = [of.metric for of in self.done if of.metric is not None and not math.isnan(of.metric)]
         if self._best == "latest" or metric is None or not known:
             return True
-        # Of equal ones the later, which is the sparser.
+        # Of equal ones the later, which is the sparser; NaN is neither above nor below.
         return metric >= max(known) if self._best == "maximize" else metric <= min(known)
 
     def _give_best(self) -> None:
         kept = self._kept
         if kept is not None and self._speedup is None and not self._in_place:
-            self._schedule.load_state_dict(kept.compressors)
-            self._schedule.model.load_state_dict(kept.model)
+            self._load(kept.compressors, kept.model)
             self._in_place = True
+
+    def _load(self, compressors: Mapping[str, Any], model: Mapping[str, Tensor]) -> None:
+        """Go back to an earlier state, however many parameters were masked then and are now."""
+        self._schedule.load_state_dict(compressors)
+        saved = {plain_name(name): tensor for name, tensor in model.items()}
+        names = self._schedule.model.state_dict()
+        self._schedule.model.load_state_dict({name: saved[plain_name(name)] for name in names})
 
     def _make_small(self) -> None:
         schedule = self._schedule
         masks = copy.deepcopy(schedule.get_masks())
+        asked = {of.target: of.blocks - of.removed for of in schedule.sparsity() if of.target in self._blocks}
         schedule.pruner.unwrap_model(bake=True)
         self._cut(masks)
         schedule.pruner.wrap_anew()
         schedule.share()
+        now = {of.target: of.blocks for of in schedule.sparsity()}
+        kept = [f"{name} ({now[name] - left})" for name, left in asked.items() if now.get(name, 0) > left]
+        if kept:
+            warnings.warn(
+                f"Masked, and yet not cut: {', '.join(kept)}. These channels stay, and are trained again. Where others "
+                "that are joined with them keep them, let auto_set_dependency_group_ids decide them together.",
+                stacklevel=2,
+            )
 
     def _cut(self, masks: Masks) -> None:
         assert self._speedup is not None
@@ -251,18 +277,23 @@ class Rounds:
         return 1 - (kept - stays) / asked
 
     def _described(self, max_steps: int | None, max_epochs: int | None) -> dict[str, Any]:
-        """What makes two runs the same."""
-        schedule = self._schedule
-        targets = {t.name: t.config.spec.as_config() for t in schedule.plan.targets}
+        """What makes two runs the same: the settings of all compressors, and those of the rounds."""
+        compressors = (self._schedule.pruner, *self._schedule._chain)
         return {
-            "schedule": [type(schedule).__name__, schedule.total_times, schedule.ratio_at(1.0, 1)],
-            "compressors": [type(item).__name__ for item in (schedule.pruner, *schedule._chain)],
-            "targets": targets,
-            "length": [max_steps, max_epochs],
+            "compressors": [type(item).__name__ for item in compressors],
+            **{f"{type(of).__name__}.{name}": value for of in compressors for name, value in _arguments(of).items()},
+            **{target.name: target.config.spec.as_config() for of in compressors for target in of.plan.targets},
+            "best": self._best,
+            "speedup": self._speedup is not None,
+            "max_steps": max_steps,
+            "max_epochs": max_epochs,
         }
 
     def _save(self, described: Mapping[str, Any]) -> None:
-        if self._file is None or not is_first_process():
+        if self._file is None:
+            return
+        random_states = of_each_process(_random_state())
+        if not is_first_process():
             return
         state = {
             "run": described,
@@ -271,7 +302,7 @@ class Rounds:
             "model": self._schedule.model.state_dict(),
             "compressors": self._schedule.state_dict(),
             "best": None if self._kept is None else vars(self._kept),
-            "random": _random_state(),
+            "random": random_states,
         }
         with replacing_file(self._file) as temporary:
             torch.save(state, temporary)
@@ -281,10 +312,12 @@ class Rounds:
         assert self._file is not None
         schedule = self._schedule
         state = torch.load(self._file, weights_only=True)
-        if state["run"] != described:
-            differing = ", ".join(key for key, value in described.items() if state["run"].get(key) != value)
+        saved = state["run"]
+        if saved != described:
+            differing = [key for key in {**saved, **described} if saved.get(key) != described.get(key)]
+            told = ", ".join(f"{key} ({saved.get(key)}, and {described.get(key)} here)" for key in differing)
             raise CheckpointError(
-                f"the rounds that it holds are those of another run: its {differing} differ",
+                f"the rounds that it holds are those of another run, which differs in {told}",
                 where=str(self._file),
                 remedy="Give another log_dir, or delete this file to begin anew.",
             )
@@ -299,10 +332,29 @@ class Rounds:
                     self._best_model.load_state_dict(self._kept.model)
             schedule.pruner.wrap_anew()
             schedule.share()
-        schedule.load_state_dict(state["compressors"])
-        schedule.model.load_state_dict(state["model"])
+        self._load(state["compressors"], state["model"])
         self._in_place = self._kept is not None and self._kept.number == len(self.done)
-        _set_random_state(state["random"])
+        _set_random_state(state["random"][process() % len(state["random"])])
+
+
+def _refuse_what_cannot_be_cut(schedule: Stepwise) -> None:
+    if schedule.example_inputs is None:
+        raise ConflictError(
+            "a model is made small with example inputs", where="speedup", remedy="Give the pruner example_inputs."
+        )
+    for target in schedule.plan.targets:
+        if target.decides and target.classes is None:
+            raise ConflictError(
+                "a model gets small by whole channels, and what leaves here are none",
+                where=f"speedup: {target.config.where} on {target.name}",
+                remedy="Leave speedup out, or choose a pruner and a granularity of output channels.",
+            )
+
+
+def _arguments(compressor: Compressor) -> dict[str, Any]:
+    """The plain values that a compressor was made with."""
+    own = {name: value for name, value in vars(compressor).items() if not name.startswith("_")}
+    return {name: value for name, value in own.items() if isinstance(value, (bool, int, float, str, type(None)))}
 
 
 def _free(target: PlannedTarget) -> int:

@@ -14,7 +14,7 @@ from tersor.config.parse import ConfigList
 from tersor.errors import ConflictError, InvalidValueError, TrainingError
 from tersor.graph.coupling import Masks
 from tersor.pruning.base import Pruner
-from tersor.pruning.decision import RatioNow, as_asked
+from tersor.pruning.decision import RatioNow, Setting, as_asked
 from tersor.pruning.learning import LearningPruner
 from tersor.pruning.rounds import Best, MakeSmall, Round, Rounds, Stepwise
 from tersor.targets.granularity import Blocks
@@ -31,9 +31,9 @@ class ScheduledPruner(Stepwise):
       all that is fused with it goes on. ``compress(max_steps)`` must be long enough.
     - Without, in rounds: each prunes, makes the model physically small where ``speedup`` is given, trains for the
       length that is given to ``compress`` with the optimizers and schedulers as they were at the beginning, and
-      evaluates. The best round's model is returned, also where a later one fails. With ``log_dir`` a killed run goes on
-      after the last round that was finished, with the same result: build everything as before and call ``compress``
-      again.
+      evaluates. The best round's model is returned; where a later round fails, :meth:`result` gives it. With
+      ``log_dir`` a killed run goes on after the last round that was finished, with the same result: build everything as
+      before and call ``compress`` again.
 
     A subclass says by :meth:`ratio_at` how much of a ratio is reached after each round.
 
@@ -71,6 +71,13 @@ class ScheduledPruner(Stepwise):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidValueError(f"{value!r} is no positive int.", where=name)
         self._refuse(pruner, evaluator)
+        if interval_steps is not None and isinstance(pruner, LearningPruner) and interval_steps < pruner.watched_steps:
+            raise ConflictError(
+                f"{type(pruner).__name__} watches {pruner.watched_steps} steps before it prunes, and an interval has "
+                f"{interval_steps}",
+                where="interval_steps",
+                remedy="Make the interval longer, or lower training_steps.",
+            )
         self.pruner = pruner
         # It takes the pruner's place: one model, one plan, the same wrappers and the same fused compressors.
         self.model, self.example_inputs, self._chain = pruner.model, pruner.example_inputs, pruner._chain
@@ -97,9 +104,11 @@ class ScheduledPruner(Stepwise):
         """Prune once more, whatever is left of each target."""
         self._times += 1
 
-        def now(ratio: float, target: PlannedTarget) -> float:
-            reached = self.ratio_at(ratio, self._times)
-            return reached if left is None else max(0.0, 1 - (1 - reached) / left(target))
+        def now(asked: float, target: PlannedTarget, setting: Setting = "sparse_ratio", /) -> float:
+            reached = asked if setting == "max_sparse_ratio" else self.ratio_at(asked, self._times)
+            if left is None or setting == "sparse_threshold":
+                return reached
+            return max(0.0, 1 - (1 - reached) / left(target))  # a share of what is left
 
         self.pruner.prune(now)
         self.after_pruning()
@@ -150,6 +159,10 @@ class ScheduledPruner(Stepwise):
             self.prune_now()
         self._look_ahead()
 
+    def on_stop(self) -> None:
+        """The pruner's."""
+        self.pruner.on_stop()
+
     def on_finish(self) -> None:
         """Refuse a training that ended too soon.
 
@@ -157,6 +170,12 @@ class ScheduledPruner(Stepwise):
             TrainingError: less was pruned than was asked.
         """
         self.pruner.on_finish()
+        if self._rounds is not None and not self.rounds:
+            raise TrainingError(
+                "nothing has been pruned: rounds are run by compress()",
+                where="finish",
+                remedy="Give interval_steps for a training loop of your own.",
+            )
         if self.interval_steps is not None and self._times < self.total_times:
             raise TrainingError(
                 f"the training ended after {self._times} of {self.total_times} prunings",
@@ -182,7 +201,7 @@ class ScheduledPruner(Stepwise):
         pruner, interval = self.pruner, self.interval_steps
         if interval is None or self._times == self.total_times or not isinstance(pruner, LearningPruner):
             return
-        if self._steps == max(0, interval - pruner.watched_steps):
+        if self._steps == interval - pruner.watched_steps:
             pruner.watch()
 
     @staticmethod
@@ -229,6 +248,10 @@ class ScheduledPruner(Stepwise):
     def own_masks(self) -> Masks:
         """The pruner's."""
         return self.pruner.own_masks()
+
+    def gather(self) -> None:
+        """The pruner's."""
+        self.pruner.gather()
 
     def collect(self) -> dict[str, Tensor]:
         """The pruner's."""

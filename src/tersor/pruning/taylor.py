@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from functools import partial
+from typing import final
 
+import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from tersor.config.values import is_activation
-from tersor.errors import TrainingError
 from tersor.pruning.learning import LearningPruner
 from tersor.pruning.scores import block_norm
-from tersor.targets.activations import watch_activation
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
 from tersor.training.ranks import mean_over_processes
@@ -56,17 +55,11 @@ class TaylorPruner(LearningPruner):
         4
     """
 
-    _handles: tuple[RemovableHandle, ...] = ()
-
     def begin(self) -> None:
-        """Forget the sums, and look at the gradients of inputs and outputs."""
-        self._sums: dict[str, Tensor] = {}
-        self._samples = 0
-        self._handles = tuple(
-            watch_activation(target.config.module, target.config.target_name, self._looking_at(target))
-            for target in self._scored()
-            if is_activation(target.config.target_name)
-        )
+        """Look at the gradients of inputs and outputs."""
+        for target in self._scored():
+            if is_activation(target.config.target_name):
+                self.look_at(target, target.config.target_name, partial(self._look, target))
 
     def observe(self) -> None:
         """Add what this step's gradients say of the parameters."""
@@ -74,12 +67,7 @@ class TaylorPruner(LearningPruner):
             if not is_activation(target.config.target_name):
                 latent = self.wrappers[target.config.module_name].tensor(target.config.target_name)
                 if latent.grad is not None:
-                    self._add(target, (latent.detach() * latent.grad).float().square())
-
-    def end(self) -> None:
-        """Look away."""
-        for handle in self._handles:
-            handle.remove()
+                    self.add(target, squared_change(latent, latent.grad))
 
     def collect(self) -> dict[str, Tensor]:
         """The mean of the squared products, over the steps and over all processes.
@@ -93,34 +81,21 @@ class TaylorPruner(LearningPruner):
         """Sum of the squared products."""
         return block_norm(values, blocks, p=1)
 
-    def own_state(self) -> dict[str, Any]:
-        """The masks, the progress and the sums."""
-        return {**super().own_state(), "sums": getattr(self, "_sums", {})}
-
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        """Go on from the sums."""
-        super().load_own_state(state)
-        self._sums = dict(state["sums"])
-
-    def _looking_at(self, target: PlannedTarget) -> Any:
-        def look(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.requires_grad:
-                kept = value.detach()
-                value.register_hook(lambda grad: self._add(target, (kept * grad).float().square().sum(0, keepdim=True)))
-            return value
-
-        return look
-
-    def _add(self, target: PlannedTarget, squares: Tensor) -> None:
-        known = self._sums.get(target.name)
-        self._sums[target.name] = squares if known is None else known + squares
+    def _look(self, target: PlannedTarget, value: Tensor) -> None:
+        if value.requires_grad:
+            kept = value.detach()
+            value.register_hook(lambda grad: self.add(target, squared_change(kept, grad).sum(0, keepdim=True)))
 
     def _mean(self, target: PlannedTarget) -> Tensor:
-        total = self._sums.get(target.name)
-        if total is None:
-            raise TrainingError(
-                "no gradient reached it in the watched steps",
-                where=target.name,
-                remedy="Is it frozen (requires_grad=False), or its module not called? Leave it out, or let it train.",
-            )
-        return mean_over_processes(total / self.watched_steps)
+        remedy = "Is it frozen (requires_grad=False), or its module not called? Leave it out, or let it train."
+        return mean_over_processes(self.sum_of(target, missing="no gradient reached it", remedy=remedy) / self._watched)
+
+
+@torch.no_grad()
+def squared_change(value: Tensor, grad: Tensor) -> Tensor:
+    """What the loss changes by, to first order, when each element becomes zero; squared.
+
+    >>> squared_change(torch.tensor([3.0, -1.0]), torch.tensor([1.0, 0.5]))
+    tensor([9.0000, 0.2500])
+    """
+    return (value.float() * grad.float()).square()  # in half precision the products would vanish

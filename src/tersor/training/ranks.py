@@ -5,8 +5,12 @@ Without ``torch.distributed``, or with one process, every function gives back wh
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def processes() -> int:
@@ -14,9 +18,14 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process() -> int:
+    """The number of this process, from 0."""
+    return 0 if processes() == 1 else dist.get_rank()
+
+
 def is_first_process() -> bool:
     """Whether this is the process that writes files."""
-    return processes() == 1 or dist.get_rank() == 0
+    return process() == 0
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
@@ -45,3 +54,16 @@ def of_first_process(tensor: Tensor) -> Tensor:
     agreed = tensor.detach().clone().contiguous()
     dist.broadcast(agreed, src=0)
     return agreed
+
+
+def of_each_process(value: T) -> list[T]:
+    """What each process gave, in their order; any object that can be pickled.
+
+    >>> of_each_process("here")
+    ['here']
+    """
+    if processes() == 1:
+        return [value]
+    gathered: list[Any] = [None] * processes()
+    dist.all_gather_object(gathered, value)
+    return gathered

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tersor.training.evaluator import Evaluator
 
 _PARAMETRIZED = re.compile(r"parametrizations\.([^.]+)\.original$")
-"""What torch calls a parameter while it is parametrized; it goes by its own name."""
 
 
 class Snapshot:
@@ -24,7 +23,7 @@ class Snapshot:
     Args:
         model: the model, wrapped or not.
         evaluator: whose optimizers and schedulers are kept too; None for the model alone.
-        buffers: whether buffers (running statistics) belong to it.
+        simulation: whether the buffers of a simulation (masks, scales) belong to it; running statistics always do.
 
     >>> layer = nn.Linear(2, 2)
     >>> before, weight = Snapshot(layer), layer.weight.detach().clone()
@@ -34,18 +33,20 @@ class Snapshot:
     True
     """
 
-    def __init__(self, model: nn.Module, evaluator: Evaluator | None = None, *, buffers: bool = True) -> None:
-        tensors = [*model.named_parameters(), *(model.named_buffers() if buffers else ())]
-        self._tensors = {_PARAMETRIZED.sub(r"\1", name): tensor for name, tensor in tensors}
+    def __init__(self, model: nn.Module, evaluator: Evaluator | None = None, *, simulation: bool = True) -> None:
+        parameters, buffers = _by_name(model.named_parameters()), _by_name(model.named_buffers())
+        kept = {name: of for name, of in buffers.items() if simulation or "parametrizations." not in name}
+        self._tensors = {**parameters, **kept}
         self._values = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
         self._evaluator = evaluator
         self._training: Any = None if evaluator is None else copy.deepcopy(evaluator.state_dict())
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back; it can be done again later."""
+        """Put everything back; it can be done again later. Gradients, which are those of other values, are dropped."""
         for name, tensor in self._tensors.items():
             tensor.copy_(self._values[name])
+            tensor.grad = None
         if self._evaluator is not None:
             self._evaluator.load_state_dict(copy.deepcopy(self._training))
 
@@ -57,3 +58,16 @@ class Snapshot:
         """Keep what :meth:`state_dict` of a snapshot of the same model gave; :meth:`restore` then goes back to that."""
         self._values = {name: state["values"][name].to(tensor.device) for name, tensor in self._tensors.items()}
         self._training = state["training"]
+
+
+def _by_name(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {plain_name(name): tensor for name, tensor in tensors}
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter has while it is not parametrized.
+
+    >>> plain_name("conv.parametrizations.weight.original")
+    'conv.weight'
+    """
+    return _PARAMETRIZED.sub(r"\1", name)
