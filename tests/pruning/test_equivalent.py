@@ -1,0 +1,168 @@
+"""Pruned inputs and outputs: as if their channels were zero, in the small model too."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import tersor
+from tersor.errors import ConflictError, EmptyLayerError, MaskError
+from tersor.pruning import L1NormPruner, L2NormPruner, LevelPruner
+from tersor.speedup import ModelSpeedup
+from tests.networks import Plain, Tokens, randomize
+from tests.pruning.test_patterns import Conv1D
+
+
+class Pair(nn.Module):
+    """Two layers with a ReLU, which keeps zeros, between them."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+
+
+def image(channels=4):
+    return torch.randn(3, channels, 6, 6, dtype=torch.float64)
+
+
+def tokens(width=8):
+    return torch.randn(3, 5, width, dtype=torch.float64)
+
+
+PAIRS = {
+    "linear": (lambda: Pair(nn.Linear(8, 8), nn.Linear(8, 3)), lambda: torch.randn(3, 8, dtype=torch.float64), 1),
+    "tokens": (lambda: Pair(nn.Linear(8, 8), nn.Linear(8, 3)), tokens, 2),
+    "no bias": (lambda: Pair(nn.Linear(8, 8, bias=False), nn.Linear(8, 3, bias=False)), tokens, 2),
+    "conv1d": (
+        lambda: Pair(nn.Conv1d(8, 8, 3), nn.Conv1d(8, 3, 2)),
+        lambda: torch.randn(3, 8, 9, dtype=torch.float64),
+        1,
+    ),
+    "conv2d": (lambda: Pair(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 3, 1)), image, 1),
+    "grouped": (lambda: Pair(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 6, 1, groups=2)), image, 1),
+    "depthwise": (lambda: Pair(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 16, 3, groups=8)), image, 1),
+    "conv3d": (
+        lambda: Pair(nn.Conv3d(2, 8, 2), nn.Conv3d(8, 3, 1)),
+        lambda: torch.randn(2, 2, 3, 4, 5, dtype=torch.float64),
+        1,
+    ),
+    "transposed": (lambda: Pair(nn.ConvTranspose2d(4, 8, 2), nn.ConvTranspose2d(8, 3, 1)), image, 1),
+    "grouped transposed": (
+        lambda: Pair(nn.ConvTranspose2d(4, 8, 2, groups=2), nn.ConvTranspose2d(8, 6, 1, groups=2)),
+        image,
+        1,
+    ),
+    "conv1d of transformers": (lambda: Pair(Conv1D(8, 8), Conv1D(3, 8)), tokens, 2),
+}
+
+
+def hooked(model, masks, x):
+    """What a model computes with its inputs and outputs multiplied by masks, without any of our own hooks."""
+    handles = []
+    for name, targets in masks.items():
+        for target, mask in targets.items():
+            module = model.get_submodule(name)
+            if target == "_output_0":
+                handles.append(module.register_forward_hook(lambda *call, mask=mask: call[-1] * mask))
+            elif target == "_input_0":
+                handles.append(module.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask, *args[1:])))
+    with torch.no_grad():
+        found = model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def passing(model, x, name, what):
+    """What passes a module, in numpy."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(
+        lambda _, args, output: seen.append(args[0] if what == "_input_0" else output)
+    )
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return seen[-1].double().numpy()
+
+
+def highest(scores, count):
+    lives = np.zeros(len(scores), dtype=bool)
+    lives[np.argsort(-scores, kind="stable")[:count]] = True
+    return lives
+
+
+def pruned(model, config_list, x, pruner_class=L1NormPruner):
+    """Masks, what the masked model computes on fresh inputs, the small model, its report, and the inputs."""
+    pruner = pruner_class(model, config_list, example_inputs=x)
+    try:
+        _, masks = pruner.compress()
+        fresh = torch.randn(5, *x.shape[1:], dtype=x.dtype, generator=torch.Generator().manual_seed(7))
+        with torch.no_grad():
+            masked = model(fresh)
+    finally:
+        pruner.unwrap_model()
+    expected = hooked(model, masks, fresh)
+    speedup = ModelSpeedup(model, x, masks)
+    return masks, masked, expected, speedup.speedup_model(), speedup.report, fresh
+
+
+def made_small(model, config, x):
+    """The masks, and the difference of the masked and the small model from a model with hooks."""
+    masks, masked, expected, small, report, fresh = pruned(model, [config], x)
+    torch.testing.assert_close(masked, expected, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        return masks, float((small(fresh) - expected).abs().max()), report
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.out, self.again = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.again.weight = self.out.weight
+
+    def forward(self, x):
+        return self.again(torch.relu(self.out(torch.relu(self.body(x)))))
+
+
+def greedy(units, ratio):
+    """The rule of global groups: the least blocks that fit, of each unit all but one."""
+    budget = int(ratio * sum(len(scores) * weight for scores, weight in units) + 1e-6)
+    gone = [set() for _ in units]
+    for _, number, index in sorted((s, n, i) for n, (scores, _) in enumerate(units) for i, s in enumerate(scores)):
+        weight = units[number][1]
+        if weight <= budget and len(gone[number]) < len(units[number][0]) - 1:
+            gone[number].add(index)
+            budget -= weight
+    return gone
+
+
+class Loop(nn.Module):
+    """One layer called three times, on its own outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.step, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = torch.relu(self.step(x))
+        return self.out(x)
+
+
+def test_positions_of_images_are_masked_and_another_size_is_refused():
+    """With single elements as blocks the mask knows the size of the example."""
+    model = randomize(Pair(nn.Conv2d(4, 2, 3), nn.Conv2d(2, 3, 1))).double()
+    x = image()
+    values = passing(model, x, "first", "_output_0")
+    pruner = LevelPruner(
+        model, [{"op_names": ["first"], "target_names": ["_output_0"], "sparse_ratio": 0.5}], example_inputs=x
+    )
+    _, masks = pruner.compress()
+    assert np.array_equal(masks["first"]["_output_0"].numpy().ravel(), highest(np.abs(values).sum(0).ravel(), 16))
+    with pytest.raises(MaskError, match=r"first\._output_0: a mask of shape \(1, 2, 4, 4\).*'per_channel'"):
+        model(torch.randn(2, 4, 7, 7, dtype=torch.float64))
+    pruner.unwrap_model()

@@ -1,0 +1,127 @@
+"""Inputs and outputs: which part of a call is meant, however it is given, and what of it is seen and replaced."""
+
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tersor.errors import TraceError, UnmatchedError
+from tersor.pruning import ActivationMeanRankPruner, L1NormPruner, TaylorPruner
+from tersor.targets.activations import replace_input, replace_output, values_at, watch_activation
+from tersor.training import TorchEvaluator
+from tests.networks import randomize
+
+X = torch.arange(8.0).view(2, 4) - 3.5
+
+Named = namedtuple("Named", ["hidden", "extra"])
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    hidden: object = None
+
+
+class Returning(nn.Module):
+    """A layer whose output comes in a container."""
+
+    def __init__(self, container):
+        super().__init__()
+        self.layer = nn.Linear(4, 8)
+        self.container = container
+
+    def forward(self, x):
+        return self.container(self.layer(x), x)
+
+
+class Around(nn.Module):
+    """Takes the first value out of what the inner module returns."""
+
+    def __init__(self, container):
+        super().__init__()
+        self.inner = Returning(container)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x):
+        found = self.inner(x)
+        if isinstance(found, dict):
+            found = next(iter(found.values()))
+        elif isinstance(found, Output):
+            found = found.logits
+        elif not isinstance(found, torch.Tensor):
+            found = found[0]
+        return self.out(torch.relu(found))
+
+
+CONTAINERS = {
+    "tensor": (lambda y, x: y, ["_output_", "_output_0"]),
+    "tuple": (lambda y, x: (y, x), ["_output_0"]),
+    "list": (lambda y, x: [y, None], ["_output_0"]),
+    "named": (lambda y, x: Named(y, x), ["_output_0", "_output_hidden"]),
+    "dict": (lambda y, x: {"hidden": y, "x": x}, ["_output_0", "_output_hidden"]),
+    "dataclass": (lambda y, x: Output(y), ["_output_0", "_output_logits"]),
+}
+
+
+class Options(nn.Module):
+    def forward(self, x, scale=None, *, shift=None):
+        return x
+
+
+class Keywords(nn.Module):
+    """Calls its inner module by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x):
+        return self.inner(flag=True, x=x)
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, flag=False):
+        return self.layer(x)
+
+
+class Ranks(nn.Module):
+    """One layer called on tokens and on their mean, which has a dimension less."""
+
+    def __init__(self, mean_first):
+        super().__init__()
+        self.layer, self.out = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.mean_first = mean_first
+
+    def forward(self, x):
+        calls = [x.mean(1), x] if self.mean_first else [x, x.mean(1)]
+        first, second = (self.out(torch.relu(self.layer(value))) for value in calls)
+        return first + second.mean(1) if self.mean_first else first.mean(1) + second
+
+
+@pytest.mark.parametrize("mean_first", [False, True])
+def test_a_mask_keeps_the_shape_of_what_it_masks(mean_first):
+    """With a dimension more in the mask than in the value, broadcasting would put one in front of the value."""
+    model, x = randomize(Ranks(mean_first)), torch.randn(3, 5, 4)
+    pruner = L1NormPruner(
+        model, [{"op_names": ["layer"], "target_names": ["_output_0"], "sparse_ratio": 0.5}], example_inputs=x
+    )
+    _, masks = pruner.compress()
+    found = model(x)
+    pruner.unwrap_model()
+    lives = masks["layer"]["_output_0"].flatten()
+    expected = model.out(torch.relu(model.layer(x) * lives)).mean(1)
+    expected = expected + model.out(torch.relu(model.layer(x.mean(1)) * lives))
+    torch.testing.assert_close(found, expected)
+    assert found.shape == (3, 3)
+
+
+class Sentences(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
