@@ -1,0 +1,139 @@
+"""Patterns (2:4) and balanced parts: exactly so many of each part leave, and they are the least."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import tersor
+from tersor.config import PruningSpec
+from tersor.errors import ConflictError, EmptyLayerError, InvalidValueError
+from tersor.pruning import L1NormPruner, LevelPruner
+from tersor.pruning.decision import decide
+from tersor.targets.choices import choices
+from tersor.targets.granularity import Blocks
+from tersor.targets.planned import PlannedTarget
+from tersor.targets.resolve import TargetConfig
+from tests.networks import randomize
+
+
+class Conv1D(nn.Module):
+    """As in Transformers: a linear layer whose weight is (in, out)."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.zeros(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def least_of_each_part(scores, part, count):
+    """What lives, block by block: of each part of a grid the ``count`` least leave, of equal ones those in front."""
+    keep = np.ones(scores.shape, dtype=bool)
+    for corner in itertools.product(*(range(0, size, step) for size, step in zip(scores.shape, part, strict=True))):
+        places = itertools.product(*(range(at, at + step) for at, step in zip(corner, part, strict=True)))
+        for place in sorted(places, key=lambda place: scores[place])[:count]:
+            keep[place] = False
+    return keep
+
+
+def magnitude(layer):
+    return np.abs(layer.weight.detach().double().numpy())
+
+
+def masks_of(pruner_class, model, config_list, **kwargs):
+    pruner = pruner_class(model, config_list, **kwargs)
+    try:
+        return pruner.compress()[1], pruner.sparsity(), pruner.plan.rows
+    finally:
+        pruner.unwrap_model()
+
+
+LAYERS = {
+    "linear": (nn.Linear(8, 6), 1),
+    "conv1d": (nn.Conv1d(8, 6, 3), 1),
+    "conv2d": (nn.Conv2d(8, 6, 3), 1),
+    "conv3d": (nn.Conv3d(8, 3, (2, 1, 3)), 1),
+    "grouped": (nn.Conv2d(16, 6, 3, groups=2), 1),
+    "transposed": (nn.ConvTranspose2d(8, 6, 3), 0),
+    "grouped transposed": (nn.ConvTranspose1d(8, 6, 3, groups=2), 0),
+    "conv1d of transformers": (Conv1D(6, 8), 0),
+}
+
+
+def magnitude_of(pruner):
+    return np.abs(pruner.wrappers[""].tensor("weight").detach().double().numpy())
+
+
+def test_a_dependency_group_shares_the_balanced_mask_of_the_mean():
+    """The input dimension of a convolution is not its last, so the order of its banks is not that of its elements."""
+    model = nn.Sequential(randomize(nn.Conv2d(4, 6, 3)), randomize(nn.Conv2d(4, 6, 3), seed=1))
+    config = {"op_types": ["Conv2d"], "sparse_pattern": "2:4", "dependency_group_id": "both"}
+    masks, _, _ = masks_of(LevelPruner, model, [config])
+    expected = least_of_each_part((magnitude(model[0]) + magnitude(model[1])) / 2, (1, 4, 1, 1), 2)
+    for name in ("0", "1"):
+        assert np.array_equal(masks[name]["weight"].numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "other", [{"sparse_ratio": 0.5}, {"sparse_ratio": 0.5, "balance_granularity": "in_channel"}, "linear"]
+)
+def test_a_group_whose_members_are_not_balanced_alike_is_an_error(other):
+    """A shared mask cannot be balanced along two dimensions: which of them was would be left to chance."""
+    second = nn.Linear(9, 24) if other == "linear" else nn.Conv2d(4, 6, 3)
+    other = {"sparse_ratio": 0.5, "balance_granularity": [24, 1]} if other == "linear" else other
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), second)
+    pruner = LevelPruner(
+        model,
+        [
+            {"op_names": ["0"], "sparse_pattern": "2:4", "dependency_group_id": 1},
+            {"op_names": ["1"], **other, "dependency_group_id": 1},
+        ],
+    )
+    with pytest.raises(ConflictError, match=r"0\.weight, 1\.weight: .*not balanced alike"):
+        pruner.compress()
+    pruner.unwrap_model()
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(12, 32) for _ in range(3))
+        self.proj = nn.Linear(32, 12)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def divisors(number):
+    return [part for part in range(1, number + 1) if number % part == 0]
+
+
+@st.composite
+def requests(draw):
+    """Grids of up to three dimensions, parts of them, ratios, and scores with many ties."""
+    grid = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    part = tuple(draw(st.sampled_from(divisors(size))) for size in grid)
+    balanced = draw(st.booleans())
+    members = draw(st.integers(1, 3))
+    scores = [
+        np.array(draw(st.lists(st.integers(0, 4), min_size=math.prod(grid), max_size=math.prod(grid)))).reshape(grid)
+        for _ in range(members)
+    ]
+    ratios = st.integers(0, 12).map(lambda twelfths: twelfths / 12)
+    bounds = sorted(draw(st.tuples(ratios, ratios)))
+    keys = draw(st.sets(st.sampled_from(["min_sparse_ratio", "max_sparse_ratio"])))
+    config = {"sparse_ratio": draw(ratios)}
+    config |= {
+        key: bound for key, bound in zip(["min_sparse_ratio", "max_sparse_ratio"], bounds, strict=True) if key in keys
+    }
+    return grid, part if balanced else grid, balanced, scores, config
