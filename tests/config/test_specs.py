@@ -3,6 +3,7 @@ import json
 import pytest
 
 from tersor.config import Align, DistillationSpec, Granularity, IntDtype, PruningSpec, QuantizationSpec
+from tersor.config.specs import Pattern
 from tersor.errors import ConflictError, InvalidValueError, UnknownKeyError
 
 
@@ -108,3 +109,22 @@ def test_specs_are_frozen():
     spec = PruningSpec.parse({"sparse_ratio": 0.5})
     with pytest.raises(ValueError, match="frozen"):
         spec.sparse_ratio = 0.6
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"sparse_ratio": 0.5},
+        {"sparse_threshold": 0.5},
+        {"align": {"target_name": "weight", "dims": [0]}},
+        {"balance_granularity": [1, 4]},
+        {"internal_metric_block": 2},
+        {"global_group_id": 1},
+        {"min_sparse_ratio": 0.75},
+        {"max_sparse_ratio": 0.25},
+    ],
+)
+def test_a_pattern_alone_says_how_many_leave(other):
+    """A budget of a group or a bound would leave other numbers, with which no kernel for 2:4 runs."""
+    with pytest.raises(ConflictError, match=next(iter(other))):
+        PruningSpec.parse({"sparse_pattern": "2:4", **other})
