@@ -153,6 +153,18 @@ class Loop(nn.Module):
         return self.out(x)
 
 
+def test_one_channel_alone_stays():
+    model, x = randomize(Pair(nn.Linear(8, 8), nn.Linear(8, 1))).double(), tokens()
+    pruner = L1NormPruner(
+        model, [{"op_types": ["Linear"], "target_names": ["_output_0"], "sparse_ratio": 0.5}], example_inputs=x
+    )
+    assert [row.reason for row in pruner.plan.rows] == ["", "is a single block, and one has to stay"]
+    _, masks = pruner.compress()
+    assert [item.reason for item in pruner.sparsity()] == ["", "is a single block, and one has to stay"]
+    pruner.unwrap_model()
+    assert set(masks) == {"first"}
+
+
 def test_positions_of_images_are_masked_and_another_size_is_refused():
     """With single elements as blocks the mask knows the size of the example."""
     model = randomize(Pair(nn.Conv2d(4, 2, 3), nn.Conv2d(2, 3, 1))).double()

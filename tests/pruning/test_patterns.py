@@ -114,6 +114,39 @@ class Attention(nn.Module):
         return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize(
+    ("layer", "config", "error", "words"),
+    [
+        (nn.Linear(6, 4), {"sparse_pattern": "2:4"}, InvalidValueError, r"6 blocks .* parts of 4\. Leave this target"),
+        (nn.LayerNorm(8), {"sparse_pattern": "2:4"}, ConflictError, "this target has none. Use sparse_ratio"),
+        (nn.Linear(8, 4), {"sparse_ratio": 0.5, "balance_granularity": [1, 3]}, InvalidValueError, "parts of 3"),
+        (nn.Linear(8, 4), {"sparse_ratio": 0.5, "balance_granularity": "default"}, InvalidValueError, "out_channel"),
+        (
+            nn.Linear(8, 4),
+            {"sparse_ratio": 0.5, "granularity": [1, 4], "balance_granularity": [1, 2]},
+            InvalidValueError,
+            r"\(1, 2\) is no multiple of the block \(1, 4\)",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_name_the_place(layer, config, error, words):
+    kind = type(layer).__name__
+    with pytest.raises(error, match=words) as caught:
+        LevelPruner(layer, [{"op_types": [kind], "target_names": ["weight"], **config}])
+    key = "sparse_pattern" if "sparse_pattern" in config else "balance_granularity"
+    assert caught.value.where == f"config_list[0]['{key}'] on weight"
+    assert type(layer.weight) is nn.Parameter
+
+
+def test_a_pattern_of_channels_says_what_to_do():
+    with pytest.raises(InvalidValueError, match=r"1 blocks .*granularity \[1\]"):
+        L1NormPruner(nn.Linear(8, 4), [{"op_types": ["Linear"], "sparse_pattern": "2:4"}])
+    masks, _, _ = masks_of(
+        L1NormPruner, nn.Linear(8, 4), [{"op_types": ["Linear"], "sparse_pattern": "2:4", "granularity": [1]}]
+    )
+    assert torch.equal(masks[""]["weight"].view(8, 4).sum(1), torch.full((8,), 2))
+
+
 def divisors(number):
     return [part for part in range(1, number + 1) if number % part == 0]
 

@@ -31,7 +31,7 @@ def block_of(
     *,
     out_dim: int | None,
     in_dim: int | None,
-    channel_dim: int = 1,
+    channel_dim: int | None = 1,
 ) -> tuple[int, ...]:
     """The size of one block along each dimension of a tensor.
 
