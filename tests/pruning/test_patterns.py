@@ -69,8 +69,59 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "1:2", "3:4", "1:8"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_of_every_m_consecutive_inputs_the_n_greatest_stay(name, pattern):
+    layer, dim = LAYERS[name]
+    model = nn.Sequential(randomize(layer))
+    stay, of = map(int, pattern.split(":"))
+    config_list = [{"op_names": ["0"], "target_names": ["weight"], "sparse_pattern": pattern}]
+    masks, (sparsity,), (row,) = masks_of(LevelPruner, model, config_list)
+    part = [of if axis == dim else 1 for axis in range(layer.weight.dim())]
+    assert np.array_equal(masks["0"]["weight"].numpy(), least_of_each_part(magnitude(layer), part, of - stay))
+    count = layer.weight.numel() * (of - stay) // of
+    assert (row.removes, row.action, row.setting["sparse_pattern"]) == (count, "prune", pattern)
+    assert (sparsity.removed, sparsity.asked, sparsity.reason) == (count, (of - stay) / of, "")
+
+
+def test_transformers_own_class_is_known():
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    model = nn.Sequential(randomize(pytorch_utils.Conv1D(6, 8)))
+    masks, _, _ = masks_of(
+        LevelPruner, model, [{"op_names": ["0"], "target_names": ["weight"], "sparse_pattern": "2:4"}]
+    )
+    assert torch.equal(masks["0"]["weight"].view(2, 4, 6).sum(1), torch.full((2, 6), 2))
+    masks, _, _ = masks_of(L1NormPruner, model, [{"op_names": ["0"], "target_names": ["weight"], "sparse_ratio": 0.5}])
+    gone = set((~masks["0"]["weight"].any(0)).nonzero().flatten().tolist())
+    assert gone == set(np.argsort(magnitude(model[0]).sum(0))[:3].tolist())
+
+
 def magnitude_of(pruner):
     return np.abs(pruner.wrappers[""].tensor("weight").detach().double().numpy())
+
+
+@pytest.mark.parametrize(
+    ("layer", "balance", "part", "ratio", "count"),
+    [
+        (nn.Linear(8, 6), [1, 4], (1, 4), 0.25, 1),
+        (nn.Linear(8, 6), [[1], "back", -1], (1, 8), 0.4, 3),
+        (nn.Linear(8, 6), [3, -1], (3, 8), 0.5, 12),
+        (nn.Linear(8, 6), "out_channel", (1, 8), 0.5, 4),
+        (nn.Linear(8, 6), "in_channel", (6, 1), 0.5, 3),
+        (nn.Conv2d(4, 6, 3), [1, -1, 1, 1], (1, 4, 1, 1), 0.5, 2),
+        (nn.Conv2d(4, 6, 3), [-1, -1], (1, 1, 3, 3), 0.34, 3),
+        (nn.ConvTranspose2d(4, 6, 3), "out_channel", (4, 1, 3, 3), 0.5, 18),
+        (nn.ConvTranspose2d(4, 6, 3), "in_channel", (1, 6, 3, 3), 0.5, 27),
+        (nn.Embedding(8, 6), "out_channel", (8, 1), 0.5, 4),
+        (Conv1D(6, 8), "out_channel", (8, 1), 0.5, 4),
+    ],
+)
+def test_each_part_loses_the_same_share(layer, balance, part, ratio, count):
+    model = nn.Sequential(randomize(layer))
+    config = {"op_names": ["0"], "target_names": ["weight"], "sparse_ratio": ratio, "balance_granularity": balance}
+    masks, (sparsity,), (row,) = masks_of(LevelPruner, model, [config])
+    assert np.array_equal(masks["0"]["weight"].numpy(), least_of_each_part(magnitude(layer), part, count))
+    assert row.removes == sparsity.removed == count * layer.weight.numel() // math.prod(part)
 
 
 def test_a_dependency_group_shares_the_balanced_mask_of_the_mean():
