@@ -128,6 +128,31 @@ class Tied(nn.Module):
         return self.again(torch.relu(self.out(torch.relu(self.body(x)))))
 
 
+def test_a_tied_weight_is_not_masked_for_one_of_its_users():
+    """Rows of a weight that another layer reads too: masking them would change what that layer computes."""
+    model, x = randomize(Tied()).double(), tokens()
+    masks, _, _ = made_small(model, {"op_names": ["again"], "target_names": ["_output_0"], "sparse_ratio": 0.5}, x)
+    assert list(masks["again"]) == ["_output_0"]
+
+
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_a_weight_that_is_computed_is_left_to_itself(norm):
+    model, x = randomize(Pair(nn.Linear(8, 8), nn.Linear(8, 3))).double(), tokens()
+    norm(model.first)
+    before = model(x).detach()
+    pruner = L1NormPruner(
+        model, [{"op_names": ["first"], "target_names": ["_output_0"], "sparse_ratio": 0.5}], example_inputs=x
+    )
+    _, masks = pruner.compress()
+    assert list(masks["first"]) == ["_output_0"]
+    with torch.no_grad():
+        found = model(x)
+    pruner.unwrap_model()
+    torch.testing.assert_close(found, hooked(model, masks, x))
+    torch.testing.assert_close(model(x), before)
+    parametrize.remove_parametrizations(model.first, "weight")
+
+
 def greedy(units, ratio):
     """The rule of global groups: the least blocks that fit, of each unit all but one."""
     budget = int(ratio * sum(len(scores) * weight for scores, weight in units) + 1e-6)
