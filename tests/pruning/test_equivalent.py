@@ -110,6 +110,46 @@ def pruned(model, config_list, x, pruner_class=L1NormPruner):
     return masks, masked, expected, speedup.speedup_model(), speedup.report, fresh
 
 
+@pytest.mark.parametrize(("name", "target"), [("first", "_output_0"), ("second", "_input_0")])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_masked_channels_are_zero_and_leave(kind, name, target):
+    """The least by L1 norm over the batch are masked; that is what a hook computes, and what the small model does."""
+    build, inputs, dim = PAIRS[kind]
+    model, x = randomize(build()).double(), inputs()
+    values = passing(model, x, name, target)
+    scores = np.abs(np.moveaxis(values, dim, 0).reshape(8, -1)).sum(1)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    config = {"op_names": [name], "target_names": [target], "sparse_ratio": 0.5}
+    masks, masked, expected, small, _, fresh = pruned(model, [config], x)
+    assert np.array_equal(masks[name][target].flatten().numpy(), highest(scores, 4))
+    if kind not in ("grouped", "grouped transposed", "depthwise"):  # unequal groups stay, and a bias that is an output
+        assert sum(parameter.numel() for parameter in small.parameters()) < 0.7 * before
+    torch.testing.assert_close(masked, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(small(fresh), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", ["_input_0", "_output_0"])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_masks_of_weights_alone_compute_the_same(kind, target):
+    """The weight masks that come along say all: the mask of the input or output is not needed beside them."""
+    build, inputs, _ = PAIRS[kind]
+    model, x = randomize(build()).double(), inputs()
+    pruner = L2NormPruner(
+        model, [{"op_names": ["second"], "target_names": [target], "sparse_ratio": 0.4}], example_inputs=x
+    )
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    expected = hooked(model, masks, x)
+    weights = masks["second"]
+    assert set(weights) == {target, "weight", *(["bias"] if target == "_output_0" and kind != "no bias" else [])}
+    with torch.no_grad():
+        for name, mask in weights.items():
+            if not name.startswith("_"):
+                getattr(model.second, name).mul_(mask)
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+
+
 def made_small(model, config, x):
     """The masks, and the difference of the masked and the small model from a model with hooks."""
     masks, masked, expected, small, report, fresh = pruned(model, [config], x)
