@@ -66,6 +66,49 @@ CONTAINERS = {
 }
 
 
+def test_model_outputs_of_transformers():
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    given = outputs.BaseModelOutputWithPooling(last_hidden_state=X, pooler_output=X[0])
+    for key in ("last_hidden_state", "0"):
+        changed = replace_output(given, key, lambda value: value + 1)
+        assert type(changed) is type(given)
+        assert torch.equal(changed.last_hidden_state, X + 1)
+        assert torch.equal(changed[0], X + 1)
+        assert torch.equal(changed.pooler_output, X[0])
+    assert torch.equal(given.last_hidden_state, X)
+    with pytest.raises(UnmatchedError, match=r"no part 'hidden_states'.*_output_pooler_output"):
+        replace_output(given, "hidden_states", lambda value: value)
+
+
+@pytest.mark.parametrize(
+    ("output", "key", "legal"),
+    [
+        ((1, 2), "2", "_output_0, _output_1"),
+        ([1], "hidden", "_output_0"),
+        (Named(1, 2), "2", "_output_hidden, _output_extra"),
+        (Named(1, 2), "hiden", "_output_hidden, _output_extra. Did you mean 'hidden'"),
+        ({"a": 1}, "b", "_output_a"),
+        ({}, "0", ""),
+        (Output(X), "3", "_output_logits, _output_hidden"),
+    ],
+)
+def test_a_part_that_is_not_there_is_named(output, key, legal):
+    with pytest.raises(UnmatchedError, match=rf"_output_{key}: the module's output has no part '{key}'") as caught:
+        replace_output(output, key, lambda value: value)
+    assert legal in str(caught.value)
+
+
+def test_a_wrong_name_is_said_when_the_pruner_is_made():
+    model = Around(CONTAINERS["dict"][0])
+    with pytest.raises(UnmatchedError, match=r"_output_hiden.*Did you mean 'hidden'"):
+        L1NormPruner(
+            model,
+            [{"op_names": ["inner"], "target_names": ["_output_hiden"], "sparse_ratio": 0.5}],
+            example_inputs=X,
+        )
+    assert not model.inner._forward_hooks
+
+
 class Options(nn.Module):
     def forward(self, x, scale=None, *, shift=None):
         return x
