@@ -193,6 +193,29 @@ def test_a_weight_that_is_computed_is_left_to_itself(norm):
     parametrize.remove_parametrizations(model.first, "weight")
 
 
+@pytest.mark.parametrize("method", ["add", "bypass"])
+def test_other_ways_to_apply_a_mask_mask_no_weights(method):
+    model, x = randomize(nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1))).double(), tokens()
+    plain = model(x).detach()
+    values = passing(model, x, "0", "_output_0")
+    config = {"op_names": ["0"], "target_names": ["_output_0"], "sparse_ratio": 0.5, "apply_method": method}
+    pruner = L1NormPruner(model, [config], example_inputs=x)
+    _, masks = pruner.compress()
+    with torch.no_grad():
+        found = model(x)
+    again = pruner.generate_masks()
+    pruner.unwrap_model()
+    lives = highest(np.abs(values).sum((0, 1)), 4)
+    assert set(masks["0"]) == {"_output_0"}
+    assert np.array_equal(masks["0"]["_output_0"].flatten().numpy(), lives)
+    assert torch.equal(again["0"]["_output_0"], masks["0"]["_output_0"])  # scored without the number that is added
+    if method == "bypass":
+        assert torch.equal(found, plain)
+    else:
+        exponentials = np.exp(values) * lives
+        np.testing.assert_allclose(found.numpy(), exponentials / exponentials.sum(-1, keepdims=True), atol=1e-12)
+
+
 def greedy(units, ratio):
     """The rule of global groups: the least blocks that fit, of each unit all but one."""
     budget = int(ratio * sum(len(scores) * weight for scores, weight in units) + 1e-6)

@@ -134,6 +134,20 @@ class Inner(nn.Module):
         return self.layer(x)
 
 
+@pytest.mark.parametrize("target", ["_input_0", "_output_0"])
+def test_what_is_watched_has_no_mask_on_it_yet(target):
+    model = randomize(nn.Sequential(nn.ReLU(), nn.Linear(4, 2)))
+    pruner = L1NormPruner(model, [{"op_names": ["0"], "target_names": [target], "sparse_ratio": 0.5}], example_inputs=X)
+    _, masks = pruner.compress()
+    seen = []
+    handle = watch_activation(model[0], target, lambda value: seen.append(value) or value)
+    found = model(X)
+    handle.remove()
+    pruner.unwrap_model()
+    assert torch.equal(seen[0], X if target == "_input_0" else torch.relu(X))
+    assert torch.equal(found, model[1](torch.relu(X) * masks["0"][target]))
+
+
 class Ranks(nn.Module):
     """One layer called on tokens and on their mean, which has a dimension less."""
 

@@ -52,14 +52,22 @@ def values_at(model: nn.Module, example_inputs: Any, places: Iterable[Place]) ->
 def watch_activation(
     module: nn.Module, target: str, function: Callable[[Any], Any]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Call a function with an input or output whenever the module is called; what it returns takes its place."""
+    """Call a function with an input or output whenever the module is called; what it returns takes its place.
+
+    It comes before all other hooks, so it sees the value without the mask that simulation puts on it: as with
+    parameters, whose latent values are scored.
+    """
     if target.startswith(INPUT):
         key = target.removeprefix(INPUT)
         return module.register_forward_pre_hook(
-            lambda module, args, kwargs: replace_input(module, args, kwargs, key, function), with_kwargs=True
+            lambda module, args, kwargs: replace_input(module, args, kwargs, key, function),
+            prepend=True,
+            with_kwargs=True,
         )
     key = target.removeprefix(OUTPUT)
-    return module.register_forward_hook(lambda module, args, output: replace_output(output, key, function))
+    return module.register_forward_hook(
+        lambda module, args, output: replace_output(output, key, function), prepend=True
+    )
 
 
 def _bound(keep: Callable[[Place, Any], Any], place: Place) -> Callable[[Any], Any]:
