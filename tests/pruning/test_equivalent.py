@@ -241,6 +241,27 @@ class Loop(nn.Module):
         return self.out(x)
 
 
+def test_what_cannot_be_decided_is_an_error():
+    model, x = randomize(Pair(nn.Linear(8, 8), nn.Linear(8, 1))).double(), tokens()
+    config = {"op_types": ["Linear"], "target_names": ["_output_0"], "sparse_ratio": 0.5}
+    with pytest.raises(ConflictError, match=r"first\._output_0: the shape .* is not known"):
+        L1NormPruner(model, [config])
+    with pytest.raises(ConflictError, match="neither a ratio of its own nor another target to follow"):
+        L1NormPruner(model, [{"op_types": ["Linear"], "target_names": ["_output_0"], "max_sparse_ratio": 0.5}])
+    config = {"op_names": ["first"], "target_names": ["_output_0"], "sparse_pattern": "2:4"}
+    with pytest.raises(ConflictError, match="a pattern runs along the input dimension of a weight"):
+        LevelPruner(model, [config], example_inputs=x)
+    config = {"op_types": ["Embedding"], "target_names": ["_input_0"], "sparse_ratio": 0.5}
+    with pytest.raises(ConflictError, match=r"_input_0: its values are torch\.int64"):
+        L1NormPruner(Tokens(), [config], example_inputs=torch.randint(0, 11, (2, 4)))
+    pruner = L1NormPruner(
+        model, [{"op_names": ["first"], "target_names": ["_output_0"], "sparse_ratio": 1}], example_inputs=x
+    )
+    with pytest.raises(EmptyLayerError, match=r"first\._output_0: sparse_ratio 1\.0 would remove all 8"):
+        pruner.compress()
+    pruner.unwrap_model()
+
+
 def test_one_channel_alone_stays():
     model, x = randomize(Pair(nn.Linear(8, 8), nn.Linear(8, 1))).double(), tokens()
     pruner = L1NormPruner(
