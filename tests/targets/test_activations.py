@@ -182,3 +182,35 @@ def test_a_mask_keeps_the_shape_of_what_it_masks(mean_first):
 class Sentences(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("pruner_class", [TaylorPruner, ActivationMeanRankPruner])
+def test_batches_of_other_lengths_than_the_example(pruner_class):
+    """Scores of channels are sums or means over all tokens, however many a batch has."""
+    model = randomize(Sentences())
+    batches = [torch.randn(2, length, 4) for length in (5, 1, 7)]
+
+    def train(model, optimizer, step, scheduler, max_steps, max_epochs):
+        for batch in batches[:max_steps]:
+            optimizer.zero_grad()
+            step(batch, model).backward()
+            optimizer.step()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    evaluator = TorchEvaluator(
+        train, optimizer, lambda batch, model: model(batch).square().sum(), dummy_input=batches[0]
+    )
+    passed = [model[0](batch) for batch in batches]
+    for value in passed:
+        value.retain_grad()
+        model[2](torch.relu(value)).square().sum().backward()
+    if pruner_class is TaylorPruner:
+        scores = sum((value * value.grad).double().square().sum((0, 1)) for value in passed)
+    else:
+        scores = sum(torch.relu(value).double().sum((0, 1)) for value in passed)
+    config = {"op_names": ["0"], "target_names": ["_output_0"], "sparse_ratio": 0.5}
+    pruner = pruner_class(model, [config], evaluator, training_steps=3)
+    _, masks = pruner.compress()
+    pruner.unwrap_model()
+    gone = set((~masks["0"]["_output_0"].flatten()).nonzero().flatten().tolist())
+    assert gone == set(np.argsort(scores.detach().numpy())[:4].tolist())

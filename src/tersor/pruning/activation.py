@@ -132,7 +132,8 @@ class ActivationRankPruner(LearningPruner):
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
 
     def _looking_at(self, target: PlannedTarget) -> Callable[[Any], Any]:
-        module, name = target.config.module, target.name
+        module, name, blocks = target.config.module, target.name, target.blocks
+        assert blocks is not None
 
         @torch.no_grad()
         def look(value: Any) -> Any:
@@ -140,13 +141,12 @@ class ActivationRankPruner(LearningPruner):
                 return value
             importance = self.statistic(self._activation(value.detach())).float()
             if is_activation(target.config.target_name):
-                total, count = importance.sum(0, keepdim=True), len(value)
+                total = importance.sum(blocks.undivided, keepdim=True)
             else:
                 dim = activation_channel_dim(module, value.dim())
                 total = importance.sum([other for other in range(value.dim()) if other != dim])
-                count = value.numel() // total.numel()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
-            self._counts[name] = self._counts.get(name, 0) + count
+            self._counts[name] = self._counts.get(name, 0) + value.numel() // total.numel()
             return value
 
         return look

@@ -81,7 +81,7 @@ class Pruner(Compressor):
             values = collected[target.name]
             blocks = target.blocks
             if is_activation(target.config.target_name):  # its values may be those of several samples
-                blocks = Blocks((len(values), *blocks.shape[1:]), (len(values), *blocks.block[1:]))
+                blocks = blocks.of(values.shape)
             scores[target.name] = self.score(values, blocks)
         return scores
 

@@ -103,10 +103,13 @@ class TaylorPruner(LearningPruner):
         self._sums = dict(state["sums"])
 
     def _looking_at(self, target: PlannedTarget) -> Any:
+        assert target.blocks is not None
+        dims = target.blocks.undivided  # samples, and what may have another length in each batch
+
         def look(value: Any) -> Any:
             if isinstance(value, Tensor) and value.requires_grad:
                 kept = value.detach()
-                value.register_hook(lambda grad: self._add(target, (kept * grad).float().square().sum(0, keepdim=True)))
+                value.register_hook(lambda grad: self._add(target, (kept * grad).float().square().sum(dims, True)))
             return value
 
         return look
