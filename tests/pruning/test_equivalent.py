@@ -193,6 +193,32 @@ def test_a_weight_that_is_computed_is_left_to_itself(norm):
     parametrize.remove_parametrizations(model.first, "weight")
 
 
+def test_the_models_own_output_is_zero_there_and_keeps_its_shape():
+    model, x = randomize(Pair(nn.Linear(8, 8), nn.Linear(8, 6))).double(), tokens()
+    config = {"op_names": ["second"], "target_names": ["_output_0"], "sparse_ratio": 0.5}
+    masks, difference, report = made_small(model, config, x)
+    assert difference < 1e-12
+    assert int((~masks["second"]["_output_0"]).sum()) == 3
+    assert [(item.count, item.reason) for item in report.left_alone if "weight" in item.target] == [
+        (3, "is the model's own output")
+    ]
+
+
+def test_an_output_between_layers_is_masked_by_itself_and_said_to_be_lost():
+    """A ReLU has no weight to mask. What is only simulated is reported when the model is made small."""
+    model = randomize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))).double()
+    x = tokens()
+    config = {"op_names": ["1"], "target_names": ["_output_0"], "sparse_ratio": 0.25, "granularity": [1]}
+    pruner = L1NormPruner(model, [config], example_inputs=x)
+    _, masks = pruner.compress()
+    with torch.no_grad():
+        masked = model(x)
+    pruner.unwrap_model()
+    assert set(masks) == {"1"}
+    assert masks["1"]["_output_0"].shape == (1, 5, 8)
+    torch.testing.assert_close(masked, hooked(model, masks, x))
+
+
 @pytest.mark.parametrize("method", ["add", "bypass"])
 def test_other_ways_to_apply_a_mask_mask_no_weights(method):
     model, x = randomize(nn.Sequential(nn.Linear(8, 8), nn.Softmax(-1))).double(), tokens()
@@ -216,6 +242,25 @@ def test_other_ways_to_apply_a_mask_mask_no_weights(method):
         np.testing.assert_allclose(found.numpy(), exponentials / exponentials.sum(-1, keepdims=True), atol=1e-12)
 
 
+def test_a_weight_and_its_layers_output_are_masked_both():
+    model, x = randomize(Pair(nn.Linear(8, 8), nn.Linear(8, 3))).double(), tokens()
+    config_list = [
+        {
+            "op_names": ["first"],
+            "target_names": ["weight", "_output_0"],
+            "sparse_ratio": 0.25,
+            "target_settings": {"weight": {"granularity": [1]}},
+        }
+    ]
+    scores = np.abs(passing(model, x, "first", "_output_0")).sum((0, 1))
+    weight = np.abs(model.first.weight.detach().numpy())
+    masks, masked, expected, _, _, _ = pruned(model, config_list, x)
+    rows = highest(scores, 6)
+    elements = highest(weight.ravel(), 48).reshape(8, 8)
+    assert np.array_equal(masks["first"]["weight"].numpy(), elements & rows[:, None])
+    assert not torch.allclose(masked, expected)  # the hooks know nothing of the elements
+
+
 def greedy(units, ratio):
     """The rule of global groups: the least blocks that fit, of each unit all but one."""
     budget = int(ratio * sum(len(scores) * weight for scores, weight in units) + 1e-6)
@@ -226,6 +271,124 @@ def greedy(units, ratio):
             gone[number].add(index)
             budget -= weight
     return gone
+
+
+def test_a_global_group_of_a_weight_and_an_output():
+    """A filter weighs its elements, a channel of an output those of one sample."""
+    model = randomize(Pair(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1))).double()
+    x = image()
+    filters = np.abs(model.first.weight.detach().numpy()).reshape(8, -1).sum(1)
+    channels = np.abs(passing(model, x, "second", "_output_0")).sum((0, 2, 3)) / 10
+    with torch.no_grad():
+        model.second.weight.div_(10)
+        model.second.bias.div_(10)
+    config_list = [
+        {"op_names": ["first"], "sparse_ratio": 0.5, "global_group_id": 1},
+        {"op_names": ["second"], "target_names": ["_output_0"], "sparse_ratio": 0.5, "global_group_id": 1},
+    ]
+    pruner = L1NormPruner(model, config_list, example_inputs=x)
+    _, masks = pruner.compress()
+    sparsity = {item.target: item for item in pruner.sparsity()}
+    pruner.unwrap_model()
+    gone = greedy([(filters, 36), (channels, 16)], 0.5)
+    assert set((~masks["first"]["weight"].any((1, 2, 3))).nonzero().flatten().tolist()) == gone[0]
+    assert set((~masks["second"]["_output_0"].flatten()).nonzero().flatten().tolist()) == gone[1]
+    assert sparsity["second._output_0"].removed == len(gone[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"sparse_ratio": 0.5}, 4),
+        ({"sparse_ratio": 0.75, "max_sparse_ratio": 0.3}, 2),
+        ({"sparse_ratio": 0.1, "min_sparse_ratio": 0.4}, 3),
+        ({"min_sparse_ratio": 0.4}, 3),
+        ({"sparse_threshold": "third"}, 2),
+        ({"sparse_threshold": "third", "max_sparse_ratio": 0.2}, 1),
+        ({"sparse_ratio": 0.5, "internal_metric_block": 4}, 4),
+        ({"sparse_ratio": 0.5, "balance_granularity": [-1, 4]}, 4),
+    ],
+)
+@pytest.mark.parametrize("target", ["_input_0", "_output_0"])
+def test_all_settings_hold_for_inputs_and_outputs(target, settings, count):
+    model, x = randomize(Pair(nn.Linear(8, 8), nn.Linear(8, 8))).double(), tokens()
+    scores = np.abs(passing(model, x, "second", target)).sum((0, 1))
+    settings = {key: np.sort(scores)[2] if value == "third" else value for key, value in settings.items()}
+    config = {"op_names": ["second"], "target_names": [target], **settings}
+    plan = tersor.plan(model, [config], example_inputs=x)
+    pruner = L1NormPruner(model, [config], example_inputs=x)
+    _, masks = pruner.compress()
+    (sparsity,) = pruner.sparsity()
+    pruner.unwrap_model()
+    parts = {"internal_metric_block": 4, "balance_granularity": 2}.get(next(reversed(settings)), 1)
+    least = np.argsort(scores.reshape(parts, -1), axis=1, kind="stable")[:, : count // parts]
+    lives = np.ones((parts, 8 // parts), dtype=bool)
+    np.put_along_axis(lives, least, False, 1)
+    assert np.array_equal(masks["second"][target].flatten().numpy(), lives.ravel())
+    assert (sparsity.target, sparsity.blocks, sparsity.removed) == (f"second.{target}", 8, count)
+    assert sparsity.elements == count / 8
+    row = plan.rows[0]
+    assert (row.target, row.blocks, row.action) == (target, 8, "prune")
+    if "sparse_threshold" not in settings:
+        assert row.removes == count
+        assert f"{target}: prune, {count} of 8 blocks leave" in plan.explain("second")
+
+
+def test_outputs_of_one_dependency_group_share_a_mask():
+    model, x = randomize(Pair(nn.Linear(8, 8), nn.Linear(8, 8))).double(), tokens()
+    scores = sum(np.abs(passing(model, x, name, "_output_0")).sum((0, 1)) for name in ("first", "second"))
+    config = {"op_types": ["Linear"], "target_names": ["_output_0"], "sparse_ratio": 0.5, "dependency_group_id": "d"}
+    masks, masked, expected, _, _, _ = pruned(model, [config], x)
+    for name in ("first", "second"):
+        assert np.array_equal(masks[name]["_output_0"].flatten().numpy(), highest(scores, 4))
+    torch.testing.assert_close(masked, expected)
+
+
+@pytest.mark.parametrize("form", ["dict", "float", "file"])
+def test_masks_of_inputs_and_outputs_go_round(form, tmp_path):
+    x = image(3)
+    config_list = [
+        {"op_names": ["0"], "target_names": ["_output_0"], "sparse_ratio": 0.5},
+        {"op_names": ["7"], "target_names": ["_input_0"], "sparse_ratio": 0.25},
+        {"op_names": ["3"], "sparse_ratio": 0.5},
+    ]
+    models = [randomize(Plain()).double() for _ in range(2)]
+    source, sink = (L1NormPruner(model, config_list, example_inputs=x) for model in models)
+    _, masks = source.compress()
+    if form == "file":
+        sink.update_masks(tersor.save_masks(masks, tmp_path / "masks.safetensors"))
+    elif form == "float":
+        sink.update_masks({name: {key: mask.double() for key, mask in own.items()} for name, own in masks.items()})
+    else:
+        sink.update_masks(masks)
+    for completed in (False, True):
+        one, other = source.get_masks(completed=completed), sink.get_masks(completed=completed)
+        assert {name: set(own) for name, own in one.items()} == {name: set(own) for name, own in other.items()}
+        assert all(torch.equal(mask, other[name][key]) for name, own in one.items() for key, mask in own.items())
+    assert sink.sparsity() == source.sparsity()
+    assert torch.equal(models[0](x), models[1](x))
+    source.unwrap_model()
+    sink.unwrap_model()
+    small = [ModelSpeedup(model, x, masks).speedup_model() for model in models]
+    assert [made[0].out_channels for made in small] == [4, 4]
+    assert torch.equal(small[0](x), small[1](x))
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_a_batch_of_one(batch):
+    model, x = randomize(Plain()).double(), image(3)[:1]
+    pruner = L1NormPruner(
+        model, [{"op_names": ["0"], "target_names": ["_output_0"], "sparse_ratio": 0.5}], example_inputs=x
+    )
+    _, masks = pruner.compress()
+    fresh = torch.randn(batch, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        masked = model(fresh)
+    pruner.unwrap_model()
+    small = ModelSpeedup(model, x, masks).speedup_model()
+    with torch.no_grad():
+        torch.testing.assert_close(small(fresh), masked)
+    assert small[0].out_channels == 4
 
 
 class Loop(nn.Module):
@@ -239,6 +402,44 @@ class Loop(nn.Module):
         for _ in range(3):
             x = torch.relu(self.step(x))
         return self.out(x)
+
+
+def test_a_module_that_is_called_in_a_loop():
+    model, x = randomize(Loop()).double(), tokens()
+    scores = np.abs(passing(model, x, "step", "_output_0")).sum((0, 1))  # of the last call
+    config = {"op_names": ["step"], "target_names": ["_output_0"], "sparse_ratio": 0.5}
+    masks, difference, _ = made_small(model, config, x)
+    assert np.array_equal(masks["step"]["_output_0"].flatten().numpy(), highest(scores, 4))
+    assert difference < 1e-12
+
+
+def test_token_models_of_another_length():
+    model = randomize(Tokens()).double()
+    x, longer = torch.randint(0, 11, (2, 4)), torch.randint(0, 11, (3, 9))
+    config = {"op_names": ["fc1"], "target_names": ["_output_0"], "sparse_ratio": 0.5}
+    pruner = L1NormPruner(model, [config], example_inputs=x)
+    _, masks = pruner.compress()
+    with torch.no_grad():
+        masked = model(longer)
+    pruner.unwrap_model()
+    torch.testing.assert_close(masked, hooked(model, masks, longer))
+    small = ModelSpeedup(model, x, masks).speedup_model()
+    assert small.fc1.out_features == 5
+    with torch.no_grad():
+        torch.testing.assert_close(small(longer), masked)
+
+
+def test_scheduled_rounds_end_at_the_same_channels():
+    model, x = randomize(Pair(nn.Linear(8, 8), nn.Linear(8, 3))).double(), tokens()
+    scores = np.abs(passing(model, x, "first", "_output_0")).sum((0, 1))
+    inner = L1NormPruner(
+        model, [{"op_names": ["first"], "target_names": ["_output_0"], "sparse_ratio": 0.5}], example_inputs=x
+    )
+    for share in (0.25, 0.5, 1.0):
+        inner.prune(lambda ratio, _, share=share: ratio * share)
+        lives = highest(scores, 8 - int(4 * share))
+        assert np.array_equal(inner.get_masks()["first"]["_output_0"].flatten().numpy(), lives)
+    inner.unwrap_model()
 
 
 def test_what_cannot_be_decided_is_an_error():

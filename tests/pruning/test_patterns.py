@@ -96,6 +96,28 @@ def test_transformers_own_class_is_known():
     assert gone == set(np.argsort(magnitude(model[0]).sum(0))[:3].tolist())
 
 
+def test_the_masked_layer_computes_with_what_stays():
+    layer, x = randomize(nn.Linear(8, 6)), torch.randn(5, 8)
+    pruner = LevelPruner(layer, [{"op_types": ["Linear"], "sparse_pattern": "2:4"}], example_inputs=x)
+    pruner.compress()
+    found = layer(x)
+    pruner.unwrap_model()
+    weight = layer.weight.detach().double().numpy()
+    weight = weight * least_of_each_part(np.abs(weight), (1, 4), 2)
+    expected = x.double().numpy() @ weight.T + layer.bias.detach().double().numpy()
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_schedule_goes_there_block_by_block():
+    layer = randomize(nn.Linear(8, 6))
+    pruner = LevelPruner(layer, [{"op_types": ["Linear"], "sparse_pattern": "1:4"}])
+    for share, count in ((0.3, 0), (0.4, 1), (0.67, 2), (1.0, 3)):
+        pruner.prune(lambda ratio, _, share=share: ratio * share)
+        expected = least_of_each_part(magnitude_of(pruner), (1, 4), count)
+        assert np.array_equal(pruner.get_masks()[""]["weight"].numpy(), expected)
+    pruner.unwrap_model()
+
+
 def magnitude_of(pruner):
     return np.abs(pruner.wrappers[""].tensor("weight").detach().double().numpy())
 
@@ -122,6 +144,49 @@ def test_each_part_loses_the_same_share(layer, balance, part, ratio, count):
     masks, (sparsity,), (row,) = masks_of(LevelPruner, model, [config])
     assert np.array_equal(masks["0"]["weight"].numpy(), least_of_each_part(magnitude(layer), part, count))
     assert row.removes == sparsity.removed == count * layer.weight.numel() // math.prod(part)
+
+
+def test_what_is_balanced_may_be_blocks():
+    """Of each four by four, the two least of the four two by twos."""
+    layer = randomize(nn.Linear(8, 8))
+    config = {"op_types": ["Linear"], "sparse_ratio": 0.5, "granularity": [2, 2], "balance_granularity": [4, 4]}
+    masks, (sparsity,), _ = masks_of(L1NormPruner, layer, [config])
+    scores = magnitude(layer).reshape(4, 2, 4, 2).sum((1, 3))
+    expected = least_of_each_part(scores, (2, 2), 2).repeat(2, 0).repeat(2, 1)
+    assert np.array_equal(masks[""]["weight"].numpy(), expected)
+    assert (sparsity.removed, sparsity.blocks) == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "count"),
+    [({"max_sparse_ratio": 0.25}, 2), ({"min_sparse_ratio": 0.75}, 6), ({"min_sparse_ratio": 0.3}, 4)],
+)
+def test_bounds_hold_in_each_part(bounds, count):
+    layer = randomize(nn.Linear(8, 6))
+    config = {"op_types": ["Linear"], "sparse_ratio": 0.5, "balance_granularity": [1, -1], **bounds}
+    masks, (sparsity,), (row, _) = masks_of(LevelPruner, layer, [config])
+    assert np.array_equal(masks[""]["weight"].numpy(), least_of_each_part(magnitude(layer), (1, 8), count))
+    assert row.removes == sparsity.removed == count * 6
+    assert bool(sparsity.reason) == (count < 4)
+
+
+def test_of_parts_the_one_with_the_fewest_below_a_threshold_decides():
+    layer = nn.Linear(4, 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 2, 3, 9], [1, 8, 7, 2]]))
+    config = {"op_types": ["Linear"], "sparse_threshold": 4, "balance_granularity": [1, -1]}
+    masks, _, _ = masks_of(LevelPruner, layer, [config])
+    assert masks[""]["weight"].int().tolist() == [[0, 0, 1, 1], [0, 1, 1, 0]]
+
+
+def test_a_share_that_is_less_than_one_of_each_part_says_so():
+    layer = randomize(nn.Linear(8, 6))
+    config = {"op_types": ["Linear"], "sparse_ratio": 0.2, "balance_granularity": [1, 4]}
+    pruner = LevelPruner(layer, [config])
+    row = pruner.plan.rows[0]
+    assert (row.action, row.removes, row.reason) == ("nothing", 0, "0.2 of 4 blocks is less than one")
+    assert "nothing (0.2 of 4 blocks is less than one)" in pruner.plan.explain("")
+    pruner.unwrap_model()
 
 
 def test_a_dependency_group_shares_the_balanced_mask_of_the_mean():
@@ -154,6 +219,22 @@ def test_a_group_whose_members_are_not_balanced_alike_is_an_error(other):
     pruner.unwrap_model()
 
 
+def test_in_a_global_group_each_part_of_a_target_loses_one_at_a_time():
+    """Of 96 elements half leave: of each layer's rows equally many, the layers as their scores demand."""
+    model = nn.Sequential(randomize(nn.Linear(8, 6)), randomize(nn.Linear(8, 6), seed=1))
+    with torch.no_grad():
+        model[1].weight.mul_(1.5)
+    config = {"op_types": ["Linear"], "sparse_ratio": 0.5, "balance_granularity": [1, -1], "global_group_id": 1}
+    masks, _, _ = masks_of(LevelPruner, model, [config])
+    levels = [np.sort(magnitude(layer), 1).mean(0)[:7] for layer in model]  # the mean of what each row would lose next
+    cheapest = sorted((score, number) for number, own in enumerate(levels) for score in own)[:8]
+    for number, layer in enumerate(model):
+        count = sum(own == number for _, own in cheapest)
+        expected = least_of_each_part(magnitude(layer), (1, 8), count)
+        assert np.array_equal(masks[str(number)]["weight"].numpy(), expected)
+    assert sum(int((~masks[name]["weight"]).sum()) for name in "01") == 48
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -163,6 +244,19 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_heads_are_blocks_of_rows_without_a_graph_and_what_the_graph_says_with_it():
+    model, x = randomize(Attention()), torch.randn(2, 5, 12)
+    config = {"op_names": ["q", "k", "v"], "sparse_ratio": 0.5, "dependency_group_id": "heads"}
+    blind, _, _ = masks_of(L1NormPruner, model, [{**config, "granularity": [4, -1]}])
+    seeing, _, _ = masks_of(L1NormPruner, model, [config], example_inputs=x)
+    scores = sum(magnitude(layer).reshape(8, 48).sum(1) for layer in (model.q, model.k, model.v))
+    lives = least_of_each_part(scores, (8,), 4).repeat(4)
+    for masks in (blind, seeing):
+        for name in "qkv":
+            assert np.array_equal(masks[name]["weight"].numpy(), np.broadcast_to(lives[:, None], (32, 12)))
+            assert np.array_equal(masks[name]["bias"].numpy(), lives)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +292,17 @@ def test_a_pattern_of_channels_says_what_to_do():
     assert torch.equal(masks[""]["weight"].view(8, 4).sum(1), torch.full((8,), 2))
 
 
+def test_rows_that_the_graph_joins_cannot_be_balanced():
+    pruner = L1NormPruner(
+        randomize(Attention()),
+        [{"op_names": ["q"], "sparse_ratio": 0.5, "balance_granularity": [8, -1]}],
+        example_inputs=torch.randn(2, 5, 12),
+    )
+    with pytest.raises(ConflictError, match="equal shares of each part cannot be removed"):
+        pruner.compress()
+    pruner.unwrap_model()
+
+
 def divisors(number):
     return [part for part in range(1, number + 1) if number % part == 0]
 
@@ -221,3 +326,40 @@ def requests(draw):
         key: bound for key, bound in zip(["min_sparse_ratio", "max_sparse_ratio"], bounds, strict=True) if key in keys
     }
     return grid, part if balanced else grid, balanced, scores, config
+
+
+@settings(max_examples=100, deadline=None)
+@given(requests())
+def test_decisions_are_those_of_brute_force(drawn):
+    """The count of each part is exact, the lowest scores leave, and of equal ones those of the lowest index."""
+    grid, part, balanced, scores, config = drawn
+    spec = PruningSpec.parse({**config, "dependency_group_id": "all"})
+    targets = [
+        PlannedTarget(
+            TargetConfig(str(number), nn.Identity(), "weight", spec, 0),
+            Blocks(grid, (1,) * len(grid)),
+            Blocks(grid, part) if balanced else None,
+        )
+        for number in range(len(scores))
+    ]
+    size = math.prod(part)
+    whole = {key: math.floor(ratio * size + 1e-6) for key, ratio in config.items()}
+    least, greatest = whole.get("min_sparse_ratio", 0), whole.get("max_sparse_ratio", size)
+    count = min(max(whole["sparse_ratio"], least), greatest)
+    given_scores = {f"{number}.weight": torch.tensor(own).double() for number, own in enumerate(scores)}
+    if size in (count, least):
+        with pytest.raises(EmptyLayerError):
+            decide(choices(targets), given_scores)
+        return
+    keep = decide(choices(targets), given_scores)
+    expected = least_of_each_part(np.mean(scores, axis=0), part, count)
+    assert all(np.array_equal(own.view(grid).numpy(), expected) for own in keep.values())
+    assert list(keep) == list(given_scores)
+
+
+def test_plan_says_it_in_words():
+    plan = tersor.plan(
+        nn.Sequential(nn.Linear(8, 6)), [{"op_names": ["0"], "sparse_pattern": "2:4", "granularity": [1]}]
+    )
+    assert "weight: prune, 24 of 48 blocks leave" in plan.explain("0")
+    assert plan.to_dict()["targets"][0]["setting"]["sparse_pattern"] == "2:4"

@@ -66,6 +66,26 @@ CONTAINERS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("kind", "target"), [(kind, name) for kind, (_, names) in CONTAINERS.items() for name in names]
+)
+def test_outputs_in_containers_are_pruned(kind, target):
+    model = randomize(Around(CONTAINERS[kind][0]))
+    scores = model.inner.layer(X).detach().double().abs().sum(0).numpy()
+    lives = np.ones(8, dtype=bool)
+    lives[np.argsort(scores)[:4]] = False
+    pruner = L1NormPruner(
+        model, [{"op_names": ["inner"], "target_names": [target], "sparse_ratio": 0.5}], example_inputs=X
+    )
+    _, masks = pruner.compress()
+    found = model(X)
+    pruner.unwrap_model()
+    (mask,) = masks["inner"].values()
+    assert np.array_equal(mask.flatten().numpy(), lives)
+    expected = model.out(torch.relu(model.inner.layer(X) * torch.from_numpy(lives)))
+    torch.testing.assert_close(found, expected)
+
+
 def test_model_outputs_of_transformers():
     outputs = pytest.importorskip("transformers.modeling_outputs")
     given = outputs.BaseModelOutputWithPooling(last_hidden_state=X, pooler_output=X[0])
@@ -109,9 +129,35 @@ def test_a_wrong_name_is_said_when_the_pruner_is_made():
     assert not model.inner._forward_hooks
 
 
+def test_keys_of_mappings_stay_in_order():
+    given = OrderedDict(b=1, a=2)
+    assert list(replace_output(given, "1", lambda value: value + 1).items()) == [("b", 1), ("a", 3)]
+    assert given["a"] == 2
+
+
 class Options(nn.Module):
     def forward(self, x, scale=None, *, shift=None):
         return x
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "key", "expected"),
+    [
+        ((1, 2), {}, "0", ((10, 2), {})),
+        ((1, 2), {}, "scale", ((1, 20), {})),
+        ((1,), {"scale": 2}, "1", ((1,), {"scale": 20})),
+        ((1,), {"scale": 2}, "scale", ((1,), {"scale": 20})),
+        ((), {"x": 1}, "0", ((), {"x": 10})),
+        ((1,), {"shift": 3}, "shift", ((1,), {"shift": 30})),
+        ((1,), {}, "shift", ((1,), {})),
+        ((1,), {}, "1", ((1,), {})),
+        ((1,), {}, "nothing", ((1,), {})),
+    ],
+)
+def test_inputs_however_they_are_given(args, kwargs, key, expected):
+    before = args, dict(kwargs)
+    assert replace_input(Options(), args, kwargs, key, lambda value: 10 * value) == expected
+    assert (args, kwargs) == before
 
 
 class Keywords(nn.Module):
@@ -132,6 +178,48 @@ class Inner(nn.Module):
 
     def forward(self, x, flag=False):
         return self.layer(x)
+
+
+@pytest.mark.parametrize("target", ["_input_", "_input_x"])
+def test_inputs_given_by_keyword_are_pruned(target):
+    model = randomize(Keywords())
+    pruner = L1NormPruner(
+        model, [{"op_names": ["inner"], "target_names": [target], "sparse_ratio": 0.5}], example_inputs=X
+    )
+    _, masks = pruner.compress()
+    found = model(X)
+    pruner.unwrap_model()
+    lives = torch.tensor([False, False, True, True])  # columns of X have magnitudes 4, 4, 4, 4: ties leave in order
+    (mask,) = masks["inner"].values()
+    assert torch.equal(mask.flatten(), lives)
+    torch.testing.assert_close(found, model.inner.layer(X * lives))
+
+
+def test_values_are_those_of_the_last_call_and_nothing_remains():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    model = Loop().train()
+    places = [("layer", "_output_0"), ("layer", "_input_0"), ("layer", "_input_1"), ("", "_output_0")]
+    found = values_at(model, X, places)
+    inner = model.layer(X)
+    assert set(found) == {places[0], places[1], places[3]}
+    torch.testing.assert_close(found["layer", "_input_0"], inner)
+    torch.testing.assert_close(found["layer", "_output_0"], model.layer(inner))
+    assert not found["", "_output_0"].requires_grad
+    assert model.training
+    assert not model.layer._forward_hooks
+    assert not model.layer._forward_pre_hooks
+
+
+def test_an_error_of_the_model_itself_still_says_so():
+    with pytest.raises(TraceError, match="cannot run on the example inputs"):
+        values_at(nn.Linear(3, 2), X, [("", "_output_0")])
 
 
 @pytest.mark.parametrize("target", ["_input_0", "_output_0"])
