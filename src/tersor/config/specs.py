@@ -289,6 +289,13 @@ class PruningSpec(Spec):
             raise ConflictError(
                 f"{' and '.join(map(repr, parts))} both say what is balanced.", remedy="Keep one of them."
             )
+        counts = ("global_group_id", "min_sparse_ratio", "max_sparse_ratio")
+        others = [name for name in counts if getattr(self, name) is not None]
+        if self.sparse_pattern is not None and others:
+            raise ConflictError(
+                f"a pattern says how many leave, and so does {others[0]!r}.",
+                remedy=f"Leave out {others[0]}, or give sparse_ratio with balance_granularity in place of the pattern.",
+            )
         low, high = self.min_sparse_ratio, self.max_sparse_ratio
         if low is not None and high is not None and low > high:
             raise ConflictError(

@@ -82,7 +82,7 @@ class Pruner(Compressor):
             values = collected[target.name]
             blocks = target.blocks
             if is_activation(target.config.target_name):  # its values may be those of several samples
-                blocks = Blocks((len(values), *blocks.shape[1:]), (len(values), *blocks.block[1:]))
+                blocks = blocks.of(values.shape)
             scores[target.name] = self.score(values, blocks)
         return scores
 
@@ -164,7 +164,10 @@ class Pruner(Compressor):
         followers: list[dict[str, dict[str, Tensor]]] = []
         if self.completes:
             followers = [masks_of_neighbours(self._scored(), keep)]
-            followers += [masks_of_weights(target, masks) for target in self._scored()]
+            for weights in (masks_of_weights(target, masks) for target in self._scored()):
+                # A weight that is tied computes something else too.
+                if all(self.wrappers.owns(module, name) for module, own in weights.items() for name in own):
+                    followers.append(weights)
         for module, targets in (item for follower in followers for item in follower.items()):
             for name, mask in targets.items():
                 own = masks.setdefault(module, {}).get(name)

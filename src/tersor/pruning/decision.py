@@ -54,6 +54,7 @@ def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor], ratio_now: Rat
     requests: list[Request] = []
     named: set[str] = set()
     for parts in sets:
+        _check_order(parts)
         group = _group(parts, named)
         blocks = sum(part.width for part in parts)
         # Allocation takes the mean over targets: the factor makes it one over blocks.
@@ -109,6 +110,19 @@ def _group(parts: Choices, named: set[str]) -> str | None:
         name = f"{given} ({number})"
     named.add(name)
     return name
+
+
+def _check_order(parts: Choices) -> None:
+    """Refuse parts that are cut into banks in different orders: block i of one would not leave with block i of all."""
+    if len(parts) == 1 or parts[0].blocks is not None or all(part.target.banks is None for part in parts):
+        return
+    first, *others = (torch.arange(part.count)[_order(part, torch.device("cpu"))] for part in parts)
+    if any(not torch.equal(first, other) for other in others):
+        raise ConflictError(
+            "the targets of a dependency group share one mask, and these are not balanced alike",
+            where=", ".join(str(part) for part in parts),
+            remedy="Give them one sparse_pattern or balance_granularity and shapes that agree, or different groups.",
+        )
 
 
 def _request(part: Part, scores: Tensor, factor: float, group: str | None, ratio_now: RatioNow) -> Request:

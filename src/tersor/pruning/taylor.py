@@ -83,8 +83,9 @@ class TaylorPruner(LearningPruner):
 
     def _look(self, target: PlannedTarget, value: Tensor) -> None:
         if value.requires_grad:
-            kept = value.detach()
-            value.register_hook(lambda grad: self.add(target, squared_change(kept, grad).sum(0, keepdim=True)))
+            assert target.blocks is not None
+            kept, dims = value.detach(), target.blocks.undivided  # samples, and what differs in length by batch
+            value.register_hook(lambda grad: self.add(target, squared_change(kept, grad).sum(dims, keepdim=True)))
 
     def _mean(self, target: PlannedTarget) -> Tensor:
         remedy = "Is it frozen (requires_grad=False), or its module not called? Leave it out, or let it train."

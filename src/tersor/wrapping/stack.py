@@ -150,7 +150,8 @@ class Mask(Transform):
 
     def forward(self, value: Tensor) -> Tensor:
         """The masked value, same shape and dtype."""
-        factors = [factor.to(value.device) for factor in self.factors]  # model.to() does not reach a hook's masks
+        factors = [fitted(factor, value.shape, self.target) for factor in self.factors]
+        factors = [factor.to(value.device) for factor in factors]  # model.to() does not reach a hook's masks
         if self.method == "mul":
             return multiply(value, factors)
         for factor in factors if self.method == "add" else ():
@@ -168,6 +169,34 @@ def multiply(value: Tensor, factors: Sequence[Tensor]) -> Tensor:
     for factor in factors:
         value = value * factor
     return value
+
+
+def fitted(mask: Tensor, shape: Sequence[int], where: str) -> Tensor:
+    """A mask as it fits what passes: the same channels are masked where a module is called without a batch.
+
+    Args:
+        mask: of an input, an output or a parameter.
+        shape: of what passes; dimensions of size 1 that it lacks in front are left out of the mask.
+        where: what errors name.
+
+    Raises:
+        MaskError: it does not fit.
+
+    >>> fitted(torch.ones(1, 1, 3, dtype=torch.bool), (5, 3), "fc").shape
+    torch.Size([1, 3])
+    """
+    lacking = max(mask.dim() - len(shape), 0)
+    if mask.shape[:lacking].numel() == 1:
+        mask = mask.reshape(mask.shape[lacking:])
+    sizes = shape[len(shape) - mask.dim() :] if mask.dim() <= len(shape) else ()
+    if len(sizes) < mask.dim() or any(own not in (1, size) for own, size in zip(mask.shape, sizes, strict=True)):
+        raise MaskError(
+            f"a mask of shape {tuple(mask.shape)} does not fit a tensor of shape {tuple(shape)}",
+            where=where,
+            remedy="It was made for inputs of other sizes. Where sizes differ from batch to batch, use a granularity "
+            "that is whole along them, such as 'per_channel'.",
+        )
+    return mask
 
 
 def check_shape(mask: Tensor, shape: Sequence[int], where: str) -> None:

@@ -22,6 +22,10 @@ class Wrapper:
 
     ``forward`` is never replaced. A parameter is simulated by ``torch.nn.utils.parametrize`` and stays the same object,
     so that an optimizer made before goes on working; an input or output is simulated by a forward hook.
+
+    Attributes:
+        own_tensors: names of the parameters and buffers that the module itself holds, in its order; what another
+            parametrization computes is not among them.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -30,7 +34,7 @@ class Wrapper:
         self.stacks: dict[str, TargetStack] = {}
         self.attached = True
         self._handles: dict[str, RemovableHandle] = {}
-        self._order = [*module._parameters, *module._buffers]
+        self.own_tensors = [*module._parameters, *module._buffers]
         self._not_persistent = set(module._non_persistent_buffers_set)
 
     def stack(self, target: str) -> TargetStack:
@@ -158,7 +162,7 @@ class Wrapper:
         """Removing a parametrization puts a tensor last and makes a buffer persistent; both are put right."""
         self.module._non_persistent_buffers_set.update(self._not_persistent)
         for registry in (self.module._parameters, self.module._buffers):
-            for name in [name for name in self._order if name in registry]:
+            for name in [name for name in self.own_tensors if name in registry]:
                 registry[name] = registry.pop(name)  # pyright: ignore
 
 

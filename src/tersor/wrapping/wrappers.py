@@ -84,6 +84,10 @@ class ModelWrappers:
         assert isinstance(mask, Mask)
         return mask
 
+    def owns(self, module: str, target: str) -> bool:
+        """Whether a module has a parameter to itself: not tied to another's, and not computed from others."""
+        return target in self[module].own_tensors and (module, target) not in self._ties
+
     def check_masks(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Refuse masks that do not fit the model, before any is applied.
 
