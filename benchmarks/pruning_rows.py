@@ -133,7 +133,7 @@ def ours(
             else:
                 torch.manual_seed(task.seed)
                 pruner = once
-                pruner.prune(lambda _ratio, _target: ratio)
+                pruner.prune(lambda *_: ratio)
             masks = pruner.get_masks()
             model = copy.deepcopy(pruner.unwrap_model())
             pruner.wrap_model()

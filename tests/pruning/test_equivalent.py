@@ -436,7 +436,7 @@ def test_scheduled_rounds_end_at_the_same_channels():
         model, [{"op_names": ["first"], "target_names": ["_output_0"], "sparse_ratio": 0.5}], example_inputs=x
     )
     for share in (0.25, 0.5, 1.0):
-        inner.prune(lambda ratio, _, share=share: ratio * share)
+        inner.prune(lambda ratio, *_, share=share: ratio * share)
         lives = highest(scores, 8 - int(4 * share))
         assert np.array_equal(inner.get_masks()["first"]["_output_0"].flatten().numpy(), lives)
     inner.unwrap_model()

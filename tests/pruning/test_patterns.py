@@ -112,7 +112,7 @@ def test_a_schedule_goes_there_block_by_block():
     layer = randomize(nn.Linear(8, 6))
     pruner = LevelPruner(layer, [{"op_types": ["Linear"], "sparse_pattern": "1:4"}])
     for share, count in ((0.3, 0), (0.4, 1), (0.67, 2), (1.0, 3)):
-        pruner.prune(lambda ratio, _, share=share: ratio * share)
+        pruner.prune(lambda ratio, *_, share=share: ratio * share)
         expected = least_of_each_part(magnitude_of(pruner), (1, 4), count)
         assert np.array_equal(pruner.get_masks()[""]["weight"].numpy(), expected)
     pruner.unwrap_model()

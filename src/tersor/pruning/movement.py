@@ -136,7 +136,7 @@ class MovementPruner(Pruner):
         if self._steps == self.cooldown_begin_step:
             self.completes, self._decided = True, {}
         if self._steps > self.warmup_step:
-            self.prune(lambda asked, _: asked * self._share)
+            self.prune(lambda asked, *_: asked * self._share)
 
     def on_finish(self) -> None:
         """Scores stay as they are.

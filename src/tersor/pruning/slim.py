@@ -134,10 +134,13 @@ class SlimPruner(LearningPruner):
         """A step of the factors' Adam."""
         self._learner.step()
 
-    def end(self) -> None:
+    def on_stop(self) -> None:
         """Keep the factors and learn no more."""
-        self._learner.stop()
-        self._seen = {name: factor.detach().clone() for name, factor in self._factors().items()}
+        was_learning = self.collecting
+        super().on_stop()
+        if was_learning:
+            self._learner.stop()
+            self._seen = {name: factor.detach().clone() for name, factor in self._factors().items()}
 
     def collect(self) -> dict[str, Tensor]:
         """The factors as they were after the last step.
