@@ -18,10 +18,14 @@ from tersor.pruning import (
     ActivationMeanRankPruner,
     ADMMPruner,
     FPGMPruner,
+    GroupNormPruner,
     L1NormPruner,
     L2NormPruner,
+    MovementPruner,
+    OBSPruner,
     Pruner,
     RandomPruner,
+    SlimPruner,
     TaylorPruner,
 )
 from tersor.speedup import ModelSpeedup
@@ -84,6 +88,9 @@ def ours(
     pruner_class: Callable[..., Pruner],
     *,
     together: bool = False,
+    isomorphic: bool = False,
+    calibrated: bool = False,
+    norms: bool = False,
     steps: int | None = None,
     anew: bool = False,
     seeded: bool = False,
@@ -94,6 +101,9 @@ def ours(
     Args:
         pruner_class: the class.
         together: rank the channels of all layers in one global group; otherwise each layer loses the same share.
+        isomorphic: rank the channels of layers that are built alike together.
+        calibrated: it takes ``calibration``.
+        norms: decide on the scales of batch norms, where the network has any.
         steps: the length of training that ``compress`` is given; None for none.
         anew: what the pruner trains depends on the ratio, so it starts again for each.
         seeded: it takes the ``seed``.
@@ -105,10 +115,12 @@ def ours(
             model = task.copy()
             pruner = pruner_class(
                 model,
-                _config_list(model, task, ratio, together=together),
+                _config_list(model, task, ratio, together=together, isomorphic=isomorphic, norms=norms),
                 _evaluator(model, task.data.train),
                 example_inputs=task.example,
-                **(options | ({"seed": task.seed} if seeded else {})),
+                **options,
+                **({"seed": task.seed} if seeded else {}),
+                **({"calibration": task.batches(LOOKS)} if calibrated else {}),
             )
             pruner.compress(max_steps=steps)
             return pruner
@@ -131,19 +143,29 @@ def ours(
 
     named = "".join(f", {name}={value!r}" for name, value in options.items())
     says = f"tersor {getattr(pruner_class, '__name__', pruner_class)}{named}; " + (
-        f"global ranking, at most {MOST:.0%} of a layer" if together else "the same ratio in each layer"
+        f"{'isomorphic' if isomorphic else 'global'} ranking, relative to layer means; at most {MOST:.0%} of a layer"
+        if together or isomorphic
+        else "the same ratio in each layer"
     )
+    says += f"; {LOOKS} calibration batches" if calibrated else ""
     says += "" if steps is None else f"; {steps} training steps"
-    return Method(prepare, says, None if together or pruner_class is L1NormPruner else "L1")
+    uniform = not (together or isomorphic)
+    return Method(prepare, says, "L1" if uniform and pruner_class is not L1NormPruner else None)
 
 
-def _config_list(model: nn.Module, task: Task, ratio: float, *, together: bool) -> list[Any]:
+def _config_list(
+    model: nn.Module, task: Task, ratio: float, *, together: bool, isomorphic: bool, norms: bool
+) -> list[Any]:
     """All convolutions and linear layers but the classifier; what is added or concatenated is decided as one."""
-    asked: dict[str, Any] = {"op_types": ["Conv2d", "Linear"], "sparse_ratio": ratio}
+    norms = norms and any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    asked: dict[str, Any] = {"op_types": ["BatchNorm2d"] if norms else ["Conv2d", "Linear"], "sparse_ratio": ratio}
+    if together or isomorphic:
+        asked |= {"max_sparse_ratio": MOST, "global_normalize": "mean"}
     if together:
-        asked |= {"global_group_id": "all", "max_sparse_ratio": MOST}
-    config_list = [asked, {"op_names": [task.classifier], "exclude": True}]
-    return tersor.auto_set_dependency_group_ids(model, config_list, task.example)
+        asked |= {"global_group_id": "all"}
+    config_list = [asked] if norms else [asked, {"op_names": [task.classifier], "exclude": True}]
+    config_list = tersor.auto_set_dependency_group_ids(model, config_list, task.example)
+    return tersor.auto_set_isomorphic_group_ids(model, config_list, task.example) if isomorphic else config_list
 
 
 def _evaluator(model: nn.Module, loader: Batches) -> TorchEvaluator:
@@ -162,7 +184,13 @@ PRUNERS: dict[str, Method] = {
     "ADMM": ours(
         ADMMPruner, anew=True, iterations=4, training_steps=STEPS // 4, granularity="coarse-grained", rho=1e-2
     ),
+    "Slim": ours(SlimPruner, norms=True, training_steps=STEPS),
+    "Movement": ours(MovementPruner, anew=True, steps=STEPS, warmup_step=10, cooldown_begin_step=STEPS - 20),
+    "Group norm": ours(GroupNormPruner),
+    "OBS": ours(OBSPruner, anew=True, calibrated=True),
     "L1, global": ours(L1NormPruner, together=True),
     "L2, global": ours(L2NormPruner, together=True),
     "Taylor, global": ours(TaylorPruner, together=True, training_steps=LOOKS),
+    "Group norm, global": ours(GroupNormPruner, together=True),
+    "Group norm, isomorphic": ours(GroupNormPruner, isomorphic=True),
 }

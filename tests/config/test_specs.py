@@ -3,6 +3,7 @@ import json
 import pytest
 
 from tersor.config import Align, DistillationSpec, Granularity, IntDtype, PruningSpec, QuantizationSpec
+from tersor.config.specs import Pattern
 from tersor.errors import ConflictError, InvalidValueError, UnknownKeyError
 
 
@@ -108,3 +109,53 @@ def test_specs_are_frozen():
     spec = PruningSpec.parse({"sparse_ratio": 0.5})
     with pytest.raises(ValueError, match="frozen"):
         spec.sparse_ratio = 0.6
+
+
+@pytest.mark.parametrize(
+    ("written", "stays", "of", "ratio"), [("2:4", 2, 4, 0.5), ("1:4", 1, 4, 0.75), ("04:16", 4, 16, 0.75)]
+)
+def test_patterns_have_a_ratio(written, stays, of, ratio):
+    spec = PruningSpec.parse({"sparse_pattern": written})
+    assert (spec.sparse_pattern.keep, spec.sparse_pattern.of, spec.ratio) == (stays, of, ratio)
+    assert PruningSpec.parse(json.loads(json.dumps(spec.as_config()))) == spec
+    assert spec.as_config() == {"sparse_pattern": f"{stays}:{of}"}
+
+
+@pytest.mark.parametrize(
+    "wrong", ["4:2", "2:2", "0:4", "2:", ":4", "2", "2:4:8", "-2:4", "2.0:4", "²:4", 2, (2, 4), None, ""]
+)
+def test_what_is_no_pattern(wrong):
+    with pytest.raises(InvalidValueError, match=r"is no pattern\. Legal: N:M with 0 < N < M") as caught:
+        Pattern.parse(wrong)
+    assert repr(wrong) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"sparse_ratio": 0.5},
+        {"sparse_threshold": 0.5},
+        {"align": {"target_name": "weight", "dims": [0]}},
+        {"balance_granularity": [1, 4]},
+        {"internal_metric_block": 2},
+        {"global_group_id": 1},
+        {"min_sparse_ratio": 0.75},
+        {"max_sparse_ratio": 0.25},
+    ],
+)
+def test_a_pattern_alone_says_how_many_leave(other):
+    """A budget of a group or a bound would leave other numbers, with which no kernel for 2:4 runs."""
+    with pytest.raises(ConflictError, match=next(iter(other))):
+        PruningSpec.parse({"sparse_pattern": "2:4", **other})
+
+
+def test_a_pattern_unsets_its_rivals_below():
+    merged = PruningSpec.layered({"sparse_ratio": 0.5}, {"sparse_pattern": "2:4"})
+    assert (merged.sparse_ratio, merged.ratio, merged.as_config()) == (None, 0.5, {"sparse_pattern": "2:4"})
+    merged = PruningSpec.layered({"sparse_pattern": "2:4"}, {"sparse_ratio": 0.25})
+    assert (merged.sparse_pattern, merged.ratio) == (None, 0.25)
+
+
+def test_parts_are_balanced_in_one_way():
+    with pytest.raises(ConflictError, match="'balance_granularity' and 'internal_metric_block' both say"):
+        PruningSpec.parse({"sparse_ratio": 0.5, "balance_granularity": [1, 4], "internal_metric_block": 2})

@@ -295,3 +295,14 @@ def test_single_target_errors():
         allocate([Request("a", torch.tensor([1.0, math.nan]), ratio=0.5)])
     with pytest.raises(InvalidValueError, match=r"6 blocks cannot be cut into 4 equal parts\. Legal: 1, 2, 3, 6\."):
         allocate([Request("a", shuffled(6), ratio=0.5, internal_block=4)])
+
+
+def test_scores_relative_to_their_mean_are_ranked_together():
+    small, large = torch.tensor([1.0, 2.0, 3.0, 6.0]) / 1000, torch.tensor([1.0, 3.9, 5.0, 6.0])
+    for normalize, expected in ((False, (3, 1)), (True, (2, 2))):
+        requests = [
+            Request(name, scores, ratio=0.5, global_group="all", max_ratio=0.75, normalize=normalize)
+            for name, scores in (("small", small), ("large", large))
+        ]
+        removed = tuple(int((~mask).sum()) for mask in allocate(requests).values())
+        assert removed == expected

@@ -243,3 +243,19 @@ def test_masks_travel_in_the_state_dict():
     assert torch.equal(second[0].weight, first[0].weight)
     for wrapper in wrappers:
         wrapper.detach()
+
+
+def test_what_hangs_on_a_gradient_stays():
+    """DistributedDataParallel keeps each gradient's accumulator, and masks come in the midst of training."""
+    layer = nn.Linear(4, 6)
+    accumulator = layer.weight.view_as(layer.weight).grad_fn.next_functions[0][0]
+    seen = []
+    accumulator.register_hook(lambda *_: seen.append(layer.parametrizations.weight.original.grad is not None))
+    wrappers = ModelWrappers(layer)
+    for _ in range(2):
+        wrappers.replace_masks({"": {"weight": [half(6, 1)]}})
+        layer(torch.ones(2, 4)).sum().backward()
+        wrappers.detach()
+        wrappers.attach()
+    assert seen == [True, True]
+    wrappers.detach()

@@ -242,6 +242,8 @@ class PruningSpec(Spec):
         sparse_pattern: ``"2:4"`` keeps two of every four consecutive elements along the input dimension, in place of a
             ratio.
         global_group_id: targets of one group share one ratio, spread as the scores demand.
+        global_normalize: ``mean`` divides each target's scores by their mean before those of a global group are ranked
+            together, so that a layer of small weights is not emptied first.
         dependency_group_id: targets of one group share one mask.
         granularity: the block that lives or dies together.
         internal_metric_block: split the blocks into this many runs and prune each alike (groups of a convolution).
@@ -261,6 +263,7 @@ class PruningSpec(Spec):
     sparse_threshold: Annotated[float, PlainValidator(partial(values.number, kind="threshold"))] | None = None
     sparse_pattern: Annotated[Pattern, PlainValidator(Pattern.parse)] | None = None
     global_group_id: Group | None = None
+    global_normalize: Annotated[Literal["mean"], _one_of("mean")] | None = None
     dependency_group_id: Group | None = None
     granularity: GranularityField | None = None
     internal_metric_block: (
@@ -285,6 +288,13 @@ class PruningSpec(Spec):
         if len(parts) > 1:
             raise ConflictError(
                 f"{' and '.join(map(repr, parts))} both say what is balanced.", remedy="Keep one of them."
+            )
+        counts = ("global_group_id", "min_sparse_ratio", "max_sparse_ratio")
+        others = [name for name in counts if getattr(self, name) is not None]
+        if self.sparse_pattern is not None and others:
+            raise ConflictError(
+                f"a pattern says how many leave, and so does {others[0]!r}.",
+                remedy=f"Leave out {others[0]}, or give sparse_ratio with balance_granularity in place of the pattern.",
             )
         low, high = self.min_sparse_ratio, self.max_sparse_ratio
         if low is not None and high is not None and low > high:

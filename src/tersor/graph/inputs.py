@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from tersor.errors import InvalidValueError, TraceError
+from tersor.errors import InvalidValueError, TersorError, TraceError
 
 ExampleInputs = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -230,6 +230,8 @@ def run(model: nn.Module, example_inputs: Any) -> Any:
     args, kwargs = as_call(example_inputs)
     try:
         return model(*args, **kwargs)
+    except TersorError:
+        raise  # by a hook of ours, and it says what is wrong
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of((args, kwargs)))
         raise TraceError(

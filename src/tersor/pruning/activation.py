@@ -124,13 +124,13 @@ class ActivationRankPruner(LearningPruner):
     def _look(self, target: PlannedTarget, value: Tensor) -> None:
         importance = self.statistic(self._activation(value.detach())).float()
         if is_activation(target.config.target_name):
-            total, count = importance.sum(0, keepdim=True), len(value)
+            assert target.blocks is not None
+            total = importance.sum(target.blocks.undivided, keepdim=True)
         else:
             dim = activation_channel_dim(target.config.module, value.dim())
             total = importance.sum([other for other in range(value.dim()) if other != dim])
-            count = value.numel() // total.numel()
         self.add(target, total)
-        self._counts[target.name] = self._counts.get(target.name, 0) + count
+        self._counts[target.name] = self._counts.get(target.name, 0) + value.numel() // total.numel()
 
     def _mean(self, target: PlannedTarget) -> Tensor:
         remedy = "Leave it out of the config list, or let the training reach it."

@@ -39,7 +39,12 @@ from torch import Tensor
 from tersor.errors import ConflictError, EmptyLayerError, InvalidValueError
 from tersor.pruning.scores import mean_over_members
 
-_KEYS = {"ratio": "sparse_ratio", "threshold": "sparse_threshold", "global_group": "global_group_id"}
+_KEYS = {
+    "ratio": "sparse_ratio",
+    "threshold": "sparse_threshold",
+    "global_group": "global_group_id",
+    "normalize": "global_normalize",
+}
 """What the user calls the settings on which the members of a dependency group must agree."""
 
 
@@ -56,6 +61,7 @@ class Request:
         min_ratio: remove at least this share.
         max_ratio: remove at most this share.
         global_group: targets of one name share one budget of elements; they need the same ratio.
+        normalize: in the global group, this target's scores count relative to their mean.
         dependency_group: targets of one name share one mask; they need equally many blocks, and the same ratio or
             threshold and global group.
         internal_block: the number of consecutive equal parts that lose equally many blocks; in a dependency group, the
@@ -70,6 +76,7 @@ class Request:
     min_ratio: float | None = None
     max_ratio: float | None = None
     global_group: str | None = None
+    normalize: bool = False
     dependency_group: str | None = None
     internal_block: int | None = None
 
@@ -246,8 +253,14 @@ def _candidates(unit: _Unit) -> Tensor:
     """
     greatest = min(unit.greatest, unit.size - 1)
     if unit.parts > 1:
-        return unit.scores.sort(dim=1).values.mean(dim=0)[unit.least : greatest]
-    return _partition(unit.scores, unit.least, greatest)[0, unit.least : greatest]
+        return _ranked(unit).sort(dim=1).values.mean(dim=0)[unit.least : greatest]
+    return _partition(_ranked(unit), unit.least, greatest)[0, unit.least : greatest]
+
+
+def _ranked(unit: _Unit) -> Tensor:
+    """A unit's scores as they are compared with those of others."""
+    mean = unit.scores.mean()
+    return unit.scores / mean if unit.first.normalize and bool(mean != 0) else unit.scores
 
 
 def _cheapest(scores: Tensor, lengths: Sequence[int], weights: Sequence[int], budget: int) -> Tensor:

@@ -17,7 +17,7 @@ from tersor.config.values import is_activation
 from tersor.errors import ConfigError, ConflictError, MaskError
 from tersor.graph.coupling import Masks
 from tersor.pruning.align import align, expanded
-from tersor.pruning.decision import RatioNow, as_asked, decide, masks_of_readers
+from tersor.pruning.decision import RatioNow, as_asked, decide, masks_of_neighbours
 from tersor.pruning.equivalent import masks_of_weights
 from tersor.pruning.sparsity import Sparsity, measure_sparsity
 from tersor.storage import load_masks
@@ -44,6 +44,9 @@ class Pruner(Compressor):
     mode = "pruning"
     penalizes: ClassVar[bool] = False
     """Whether it adds a penalty to the loss, whose weight ``rho`` in the config list may say."""
+    completes: bool = True
+    """Whether what follows from its masks by the graph is masked too; a pruner that lets masked blocks come back turns
+    it off for a while, since no gradient reaches a channel that nothing reads."""
 
     @abstractmethod
     def score(self, values: Tensor, blocks: Blocks) -> Tensor:
@@ -79,7 +82,7 @@ class Pruner(Compressor):
             values = collected[target.name]
             blocks = target.blocks
             if is_activation(target.config.target_name):  # its values may be those of several samples
-                blocks = Blocks((len(values), *blocks.shape[1:]), (len(values), *blocks.block[1:]))
+                blocks = blocks.of(values.shape)
             scores[target.name] = self.score(values, blocks)
         return scores
 
@@ -130,6 +133,22 @@ class Pruner(Compressor):
             reasons = sorted({f"{row.module}.{row.target}: {row.reason}" for row in self.plan.rows if row.reason})
             raise ConfigError("nothing would be pruned", where="config_list", remedy="; ".join(reasons[:5]))
 
+    def refuse_impossible(self) -> None:
+        """Raise before any training where no scores at all would make what the config list asks for possible.
+
+        Raises:
+            EmptyLayerError: a ratio would leave nothing of a layer.
+            ConfigError: nothing would be pruned, or settings that cannot hold together.
+        """
+        self.refuse_nothing()
+        equal = {target.name: torch.zeros(target.blocks.grid) for target in self._scored() if target.blocks is not None}
+        # What a threshold removes is not known before there are scores.
+        decide(
+            choices(self.plan.targets),
+            equal,
+            lambda asked, target: asked if getattr(target.config.spec, "sparse_threshold", None) is None else 0.0,
+        )
+
     def apply_decision(self, keep: Mapping[str, Tensor]) -> None:
         """Mask what does not live, and what follows from it.
 
@@ -142,8 +161,13 @@ class Pruner(Compressor):
             mask = target.blocks.expand_compact(keep[target.name].view(target.blocks.grid))
             masks.setdefault(target.config.module_name, {})[target.config.target_name] = mask
         align(self.plan.targets, masks, self._shape)
-        followers = [masks_of_readers(self._scored(), keep)]
-        followers += [masks_of_weights(target, masks) for target in self._scored()]
+        followers: list[dict[str, dict[str, Tensor]]] = []
+        if self.completes:
+            followers = [masks_of_neighbours(self._scored(), keep)]
+            for weights in (masks_of_weights(target, masks) for target in self._scored()):
+                # A weight that is tied computes something else too.
+                if all(self.wrappers.owns(module, name) for module, own in weights.items() for name in own):
+                    followers.append(weights)
         for module, targets in (item for follower in followers for item in follower.items()):
             for name, mask in targets.items():
                 own = masks.setdefault(module, {}).get(name)
@@ -236,11 +260,13 @@ class Pruner(Compressor):
             self.track_forward()
         return stack.shape
 
-    def _merged(self) -> dict[str, dict[str, Tensor]]:
-        """The masks that the fused pruners made, compact."""
+    def _merged(self, *, completed: bool = False) -> dict[str, dict[str, Tensor]]:
+        """The masks that the fused pruners made, compact; or those of the pruners alone that complete them."""
         merged: dict[str, dict[str, Tensor]] = {}
         for pruner in self._chain:
-            for module, targets in pruner.own_masks().items() if isinstance(pruner, Pruner) else ():
+            if not isinstance(pruner, Pruner) or (completed and not pruner.completes):
+                continue
+            for module, targets in pruner.own_masks().items():
                 for target, mask in targets.items():
                     known = merged.setdefault(module, {}).get(target)
                     merged[module][target] = mask if known is None else known & mask.to(known.device)
@@ -263,7 +289,7 @@ class Pruner(Compressor):
             merged = self._merged()
             coupling = next((item.plan.coupling for item in self._chain if item.plan.coupling is not None), None)
             if coupling is not None:
-                complete = coupling.complete(merged)
+                complete = coupling.complete(merged, coupling.removed(self._merged(completed=True)))
             else:
                 complete = {module: {name: (mask,) for name, mask in own.items()} for module, own in merged.items()}
         except MaskError:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tersor.config import PruningSpec
 from tersor.errors import ConflictError
 from tersor.pruning.allocation import Request, allocate
+from tersor.targets.channels import is_norm_scale
 from tersor.targets.choices import Choices, Part
 from tersor.targets.planned import PlannedTarget
 
@@ -53,6 +54,7 @@ def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor], ratio_now: Rat
     requests: list[Request] = []
     named: set[str] = set()
     for parts in sets:
+        _check_order(parts)
         group = _group(parts, named)
         blocks = sum(part.width for part in parts)
         # Allocation takes the mean over targets: the factor makes it one over blocks.
@@ -68,10 +70,12 @@ def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor], ratio_now: Rat
     return keep
 
 
-def masks_of_readers(targets: Sequence[PlannedTarget], keep: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Masks of what reads the classes that leave and that no weight writes as it is.
+def masks_of_neighbours(targets: Sequence[PlannedTarget], keep: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Masks that let leave what was decided on by what neither computes nor reads it.
 
-    A standardized weight is not zero where its parameter is masked. What it computes leaves only when nothing reads it.
+    A standardized weight is not zero where its parameter is masked: what it computes leaves only when nothing reads it.
+    The scale of a norm takes the channel with it that it multiplies: the weights that write the channel are masked too,
+    unless another target decided on it and keeps it.
 
     Args:
         targets: what was decided on.
@@ -84,11 +88,13 @@ def masks_of_readers(targets: Sequence[PlannedTarget], keep: Mapping[str, Tensor
     unwritten[coupling.classes[coupling.written]] = False
     lives, leaves = np.zeros_like(unwritten), np.zeros_like(unwritten)
     for target in targets:
-        if target.classes is not None and unwritten[target.classes].any():
+        if target.classes is not None:
             kept = keep[target.name].cpu().numpy()
             lives[target.classes[kept]] = True
-            leaves[target.classes[~kept]] = True
-    leaves &= unwritten & ~lives
+            gone = target.classes[~kept]
+            scales = is_norm_scale(target.config.module, target.config.target_name)
+            leaves[gone if scales else gone[unwritten[gone]]] = True
+    leaves &= ~lives
     return coupling.masks_of(leaves) if leaves.any() else {}
 
 
@@ -104,6 +110,19 @@ def _group(parts: Choices, named: set[str]) -> str | None:
         name = f"{given} ({number})"
     named.add(name)
     return name
+
+
+def _check_order(parts: Choices) -> None:
+    """Refuse parts that are cut into banks in different orders: block i of one would not leave with block i of all."""
+    if len(parts) == 1 or parts[0].blocks is not None or all(part.target.banks is None for part in parts):
+        return
+    first, *others = (torch.arange(part.count)[_order(part, torch.device("cpu"))] for part in parts)
+    if any(not torch.equal(first, other) for other in others):
+        raise ConflictError(
+            "the targets of a dependency group share one mask, and these are not balanced alike",
+            where=", ".join(str(part) for part in parts),
+            remedy="Give them one sparse_pattern or balance_granularity and shapes that agree, or different groups.",
+        )
 
 
 def _request(part: Part, scores: Tensor, factor: float, group: str | None, ratio_now: RatioNow) -> Request:
@@ -134,6 +153,7 @@ def _request(part: Part, scores: Tensor, factor: float, group: str | None, ratio
         min_ratio=now(spec.min_sparse_ratio, "min_sparse_ratio"),
         max_ratio=now(spec.max_sparse_ratio, "max_sparse_ratio"),
         global_group=spec.global_group_id,
+        normalize=spec.global_normalize is not None,
         dependency_group=group,
         internal_block=part.target.parts,
     )

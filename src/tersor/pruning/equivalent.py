@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from tersor.graph.coupling import Masks
-from tersor.targets.channels import activation_channel_dim, channel_dims
+from tersor.targets.channels import activation_channel_dim, channel_dims, is_conv1d
 from tersor.targets.planned import PlannedTarget
 
 
@@ -24,23 +26,26 @@ def masks_of_weights(target: PlannedTarget, masks: Masks) -> dict[str, dict[str,
         ``{module: {parameter: mask}}``; nothing where the mask is not one of whole channels, or where it does not make
         them zero.
     """
-    module, (name, target_name) = target.config.module, target.place
+    module: Any = target.config.module
+    name, target_name = target.place
     mask = masks.get(name, {}).get(target_name)
     multiplied = (getattr(target.config.spec, "apply_method", None) or "mul") == "mul"
-    if mask is None or not multiplied or not isinstance(module, (nn.Linear, _ConvNd)):
+    if mask is None or not multiplied or not (isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module)):
         return {}
     dim = activation_channel_dim(module, mask.dim())
     if dim is None or any(size > 1 for other, size in enumerate(mask.shape) if other != dim):
         return {}
     out_dim, in_dim = channel_dims(module, "weight", module.weight.dim())
-    grouped = isinstance(module, _ConvNd) and module.groups > 1
-    if target_name == "_output_0" and not (grouped and isinstance(module, _ConvTransposeNd)):
-        found = {"weight": _along(mask, out_dim, module.weight.dim())}
+    if target_name == "_output_0":
+        found = {"weight": _along(mask, out_dim, module)}
         return {name: found if module.bias is None else {**found, "bias": mask.flatten()}}
-    if target_name == "_input_0" and not grouped:
-        return {name: {"weight": _along(mask, in_dim, module.weight.dim())}}
-    return {}
+    return {name: {"weight": _along(mask, in_dim, module)}} if target_name == "_input_0" else {}
 
 
-def _along(mask: Tensor, dim: int | None, rank: int) -> Tensor:
-    return mask.reshape([-1 if other == dim else 1 for other in range(rank)])
+def _along(mask: Tensor, dim: int | None, module: Any) -> Tensor:
+    """A mask of channels along a dimension of the weight, whose second dimension holds those of one group."""
+    groups, rows, kernel = getattr(module, "groups", 1), len(module.weight), (1,) * (module.weight.dim() - 2)
+    if dim == 0:
+        return mask.reshape(-1, 1, *kernel)
+    lives = mask.reshape(groups, -1, *kernel)
+    return lives if groups == 1 else lives.repeat_interleave(rows // groups, 0)

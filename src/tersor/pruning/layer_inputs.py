@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tersor.errors import InvalidValueError
+from tersor.targets.channels import is_conv1d
 
 _Convolution: TypeAlias = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -71,7 +72,7 @@ def weight_rows(module: nn.Module, weight: Tensor) -> Tensor:
     if isinstance(module, _Convolution):
         return weight.reshape(module.groups, weight.shape[0] // module.groups, -1)
     _require_linear(module)
-    return (weight.mT if _is_transposed(module) else weight).unsqueeze(0)
+    return (weight.mT if is_conv1d(module) else weight).unsqueeze(0)
 
 
 def from_rows(module: nn.Module, rows: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def from_rows(module: nn.Module, rows: Tensor) -> Tensor:
         groups, per_group, columns = rows.shape
         return rows.reshape(groups * per_group, columns // math.prod(module.kernel_size), *module.kernel_size)
     _require_linear(module)
-    return rows[0].mT if _is_transposed(module) else rows[0]
+    return rows[0].mT if is_conv1d(module) else rows[0]
 
 
 @final
@@ -273,13 +274,8 @@ def _padding(module: _Convolution) -> list[int]:
     return padding
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether it is Transformers' linear layer that stores (in, out). Known by its name: the package is optional."""
-    return hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__)
-
-
 def _require_linear(module: nn.Module) -> None:
-    if not isinstance(module, nn.Linear) and not _is_transposed(module):
+    if not isinstance(module, nn.Linear) and not is_conv1d(module):
         raise InvalidValueError(
             f"a {type(module).__name__} is no matrix product that second-order pruning knows",
             legal=("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D of Transformers"),

@@ -172,7 +172,7 @@ class LearningPruner(Pruner):
 
     def on_start(self) -> None:
         """Watch and prune; without an evaluator, watch the steps of the user's loop."""
-        self.refuse_nothing()
+        self.refuse_impossible()
         if self._trainer is None:
             self._prunes_when_watched = True
             self.watch()

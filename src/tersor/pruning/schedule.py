@@ -120,7 +120,7 @@ class ScheduledPruner(Stepwise):
 
     def on_start(self) -> None:
         """Begin the first interval."""
-        self.pruner.refuse_nothing()
+        self.pruner.refuse_impossible()
         if self._rounds is None:
             self._steps = self._times = 0
             self._look_ahead()

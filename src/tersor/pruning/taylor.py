@@ -42,16 +42,17 @@ class TaylorPruner(LearningPruner):
         previous: see :meth:`tersor.compressor.Compressor.from_compressor`.
 
     Example:
+        >>> import torch
         >>> from tersor import TorchEvaluator
-        >>> model = torch.nn.Linear(2, 4)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
         >>> evaluator = TorchEvaluator.from_loader(
         ...     [(torch.randn(8, 2), torch.randn(8, 4))] * 5,
         ...     torch.nn.functional.mse_loss,
         ...     torch.optim.SGD(model.parameters(), lr=0.1),
         ... )
-        >>> pruner = TaylorPruner(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5}], evaluator, training_steps=5)
-        >>> int(pruner.compress()[1][""]["bias"].sum())
-        2
+        >>> pruner = TaylorPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}], evaluator, training_steps=5)
+        >>> int(pruner.compress()[1]["0"]["bias"].sum())
+        4
     """
 
     def begin(self) -> None:
@@ -82,8 +83,9 @@ class TaylorPruner(LearningPruner):
 
     def _look(self, target: PlannedTarget, value: Tensor) -> None:
         if value.requires_grad:
-            kept = value.detach()
-            value.register_hook(lambda grad: self.add(target, squared_change(kept, grad).sum(0, keepdim=True)))
+            assert target.blocks is not None
+            kept, dims = value.detach(), target.blocks.undivided  # samples, and what differs in length by batch
+            value.register_hook(lambda grad: self.add(target, squared_change(kept, grad).sum(dims, keepdim=True)))
 
     def _mean(self, target: PlannedTarget) -> Tensor:
         remedy = "Is it frozen (requires_grad=False), or its module not called? Leave it out, or let it train."

@@ -31,6 +31,7 @@ class WandaPruner(CalibratedPruner):
     Args: those of :class:`tersor.pruning.calibrated.CalibratedPruner`.
 
     Example:
+        >>> import torch
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 1.0]]))
         >>> config_list = [{"op_types": ["Linear"], "sparse_ratio": 0.5}]

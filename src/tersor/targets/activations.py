@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tersor.errors import UnmatchedError, nearest
 from tersor.graph.inputs import evaluating, run
 
 INPUT, OUTPUT = "_input_", "_output_"
@@ -51,14 +52,22 @@ def values_at(model: nn.Module, example_inputs: Any, places: Iterable[Place]) ->
 def watch_activation(
     module: nn.Module, target: str, function: Callable[[Any], Any]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Call a function with an input or output whenever the module is called; what it returns takes its place."""
+    """Call a function with an input or output whenever the module is called; what it returns takes its place.
+
+    It comes before all other hooks, so it sees the value without the mask that simulation puts on it: as with
+    parameters, whose latent values are scored.
+    """
     if target.startswith(INPUT):
         key = target.removeprefix(INPUT)
         return module.register_forward_pre_hook(
-            lambda module, args, kwargs: replace_input(module, args, kwargs, key, function), with_kwargs=True
+            lambda module, args, kwargs: replace_input(module, args, kwargs, key, function),
+            prepend=True,
+            with_kwargs=True,
         )
     key = target.removeprefix(OUTPUT)
-    return module.register_forward_hook(lambda module, args, output: replace_output(output, key, function))
+    return module.register_forward_hook(
+        lambda module, args, output: replace_output(output, key, function), prepend=True
+    )
 
 
 def _bound(keep: Callable[[Place, Any], Any], place: Place) -> Callable[[Any], Any]:
@@ -103,23 +112,41 @@ def replace_output(output: Any, key: str, function: Callable[[Any], Any]) -> Any
         key: a position or a key or field name.
         function: what to do with the addressed part.
 
+    Raises:
+        UnmatchedError: the output has no such part.
+
     >>> replace_output((1, None), "0", lambda value: value + 1)
     (2, None)
     """
     if isinstance(output, Mapping):
-        name = key if key in output else list(output)[int(key)] if key.isdigit() else key
+        name = _part(key, list(output))
         changed: Any = copy.copy(output)
         changed[name] = function(output[name])
         return changed
     if isinstance(output, tuple) and hasattr(output, "_fields"):
         fields: Any = output
-        name = fields._fields[int(key)] if key.isdigit() else key
+        name = _part(key, fields._fields)
         return fields._replace(**{name: function(getattr(output, name))})
     if isinstance(output, (tuple, list)):
         parts = list(output)
-        parts[int(key)] = function(parts[int(key)])
+        position = _part(key, range(len(parts)))
+        parts[position] = function(parts[position])
         return type(output)(parts)
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        name = dataclasses.fields(output)[int(key)].name if key.isdigit() else key
+        name = _part(key, [field.name for field in dataclasses.fields(output)])
         return dataclasses.replace(output, **{name: function(getattr(output, name))})
     return function(output) if key == "0" else output
+
+
+def _part(key: str, names: Sequence[Any]) -> Any:
+    """The part of an output that a key addresses, by its name or by its position."""
+    if key in names:
+        return key
+    if key.isdigit() and int(key) < len(names):
+        return names[int(key)]
+    raise UnmatchedError(
+        f"the module's output has no part {key!r}",
+        where=f"{OUTPUT}{key}",
+        legal=[f"{OUTPUT}{name}" for name in names],
+        remedy=nearest(key, [str(name) for name in names]),
+    )

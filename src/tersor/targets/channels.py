@@ -12,7 +12,8 @@ _LAST = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttentio
 def channel_dims(module: nn.Module, target: str, rank: int) -> tuple[int | None, int | None]:
     """Output and input channel dimension of a module's tensor.
 
-    Transposed convolutions and embeddings store their weight as (in, out, ...), everything else as (out, in, ...).
+    Transposed convolutions, embeddings and the ``Conv1D`` of Transformers store their weight as (in, out, ...),
+    everything else as (out, in, ...).
 
     Args:
         module: the owner.
@@ -29,9 +30,23 @@ def channel_dims(module: nn.Module, target: str, rank: int) -> tuple[int | None,
         return None, None
     if rank == 1:
         return 0, None
-    if target == "weight" and isinstance(module, (_ConvTransposeNd, nn.Embedding)):
+    if target == "weight" and (isinstance(module, (_ConvTransposeNd, nn.Embedding)) or is_conv1d(module)):
         return 1, 0
     return 0, 1
+
+
+def is_norm_scale(module: nn.Module, target: str) -> bool:
+    """Whether a target is what a norm multiplies each channel by: where it is zero, only the shift is left.
+
+    >>> is_norm_scale(nn.BatchNorm2d(8), "weight"), is_norm_scale(nn.BatchNorm2d(8), "bias")
+    (True, False)
+    """
+    return target == "weight" and isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Transformers' linear layer that stores (in, out). Known by its name: the package is optional."""
+    return hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__)
 
 
 def activation_channel_dim(module: nn.Module, rank: int) -> int | None:
@@ -49,4 +64,4 @@ def activation_channel_dim(module: nn.Module, rank: int) -> int | None:
         return rank - 1 - len(module.kernel_size)
     if isinstance(module, (_NormBase, nn.GroupNorm)):
         return 1
-    return rank - 1 if isinstance(module, _LAST) else None
+    return rank - 1 if isinstance(module, _LAST) or is_conv1d(module) else None

@@ -31,7 +31,7 @@ def block_of(
     *,
     out_dim: int | None,
     in_dim: int | None,
-    channel_dim: int = 1,
+    channel_dim: int | None = 1,
 ) -> tuple[int, ...]:
     """The size of one block along each dimension of a tensor.
 
@@ -132,6 +132,20 @@ class Blocks:
     def block_numel(self) -> int:
         """The number of elements in one block."""
         return math.prod(self.block)
+
+    @property
+    def undivided(self) -> tuple[int, ...]:
+        """The dimensions along which a block is whole."""
+        return tuple(dim for dim, count in enumerate(self.grid) if count == 1)
+
+    def of(self, shape: Sequence[int]) -> Blocks:
+        """The same blocks of a tensor that has other sizes along dimensions that are not divided.
+
+        >>> Blocks((1, 5, 8), (1, 5, 2)).of((3, 7, 8))
+        Blocks(shape=(3, 7, 8), block=(3, 7, 2))
+        """
+        block = (whole if count == 1 else part for whole, count, part in zip(shape, self.grid, self.block, strict=True))
+        return Blocks(tuple(shape), tuple(block))
 
     def tiles(self, x: Tensor) -> Tensor:
         """A view of shape (grid[0], block[0], grid[1], block[1], ...); reduced over `inside`, it has the grid's."""

@@ -38,7 +38,8 @@ def auto_set_isomorphic_group_ids(model: nn.Module, config_list: ConfigList, dum
 
     Call :func:`auto_set_dependency_group_ids` first, so that what is added is one structure; its groups are kept. So
     are global groups that were set before. Targets with a threshold, and those that nothing else is built like, stay
-    as they are. Scores should not depend on the width: :class:`tersor.pruning.GroupNormPruner` divides by their mean.
+    as they are. Scores should not depend on the width: :class:`tersor.pruning.GroupNormPruner` divides by their mean,
+    and ``global_normalize: mean`` does so for any pruner.
 
     Paper: Fang, Ma, Bi, Wang: Isomorphic Pruning for Vision Models (ECCV 2024).
 

@@ -16,11 +16,11 @@ from torch import nn
 from tersor.config import Granularity, Mode, parse_config_list
 from tersor.config.parse import ConfigList
 from tersor.config.values import is_activation
-from tersor.errors import UnmatchedError, nearest
+from tersor.errors import ConflictError, UnmatchedError, nearest
 from tersor.graph.coupling import Coupling, coupling_of
 from tersor.graph.inputs import refuse_lazy
 from tersor.targets.activations import Place, values_at
-from tersor.targets.planned import OUT_CHANNEL, PlannedTarget, place, plan_target
+from tersor.targets.planned import OUT_CHANNEL, PlannedTarget, place, plan_target, qualified
 from tersor.targets.resolve import TargetConfig, resolve_targets
 from tersor.targets.rows import PlanRow, plan_rows, rows_table
 
@@ -155,11 +155,19 @@ def _activation_shapes(
     model: nn.Module, targets: Iterable[TargetConfig], coupling: Coupling | None
 ) -> dict[Place, torch.Size]:
     """The shapes of the inputs and outputs that a pruner decides on; the model is run for them where there are any."""
-    places = [
-        place(target)
+    deciding = {
+        place(target): target
         for target in targets
         if is_activation(target.target_name) and getattr(target.spec, "align", None) is None
-    ]
-    if not places or coupling is None:
+    }
+    if not deciding or coupling is None:
         return {}
-    return {found: value.shape for found, value in values_at(model, coupling.example_inputs, places).items()}
+    found = values_at(model, coupling.example_inputs, deciding)
+    for where, value in found.items():
+        if not value.is_floating_point():
+            raise ConflictError(
+                f"its values are {value.dtype}, whose size says nothing of what they are worth",
+                where=f"{deciding[where].where} on {qualified(deciding[where])}",
+                remedy="Leave it out, or take the mask from another target: set align in target_settings.",
+            )
+    return {where: value.shape for where, value in found.items()}

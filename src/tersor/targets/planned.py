@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tersor.config import Granularity, PruningSpec
+from tersor.config.specs import Pattern
 from tersor.config.values import is_activation
 from tersor.errors import ConfigError, ConflictError, InvalidValueError
 from tersor.graph.coupling import Coupling
@@ -106,17 +106,19 @@ def plan_target(
     spec = target.spec
     if not isinstance(spec, PruningSpec) or spec.align is not None:
         return PlannedTarget(target)
-    if is_activation(target.target_name):
-        blocks = _activation_blocks(target, spec, default, shape)
-        return PlannedTarget(target, blocks, _banks(target, spec, blocks, None))
-    tensor = getattr(target.module, target.target_name)
     granularity = _granularity(spec, default)
-    out_dim, in_dim = channel_dims(target.module, target.target_name, tensor.dim())
-    blocks = _blocks(target, granularity, tensor.shape, out_dim=out_dim, in_dim=in_dim)
+    if is_activation(target.target_name):
+        sizes, dims = _activation_dims(target, spec, shape)
+        balance = None
+    else:
+        sizes = getattr(target.module, target.target_name).shape
+        out_dim, in_dim = channel_dims(target.module, target.target_name, len(sizes))
+        dims = {"out_dim": out_dim, "in_dim": in_dim}
+    blocks = _blocks(target, "granularity", granularity, sizes, dims)
     if blocks.count == 1:
         return PlannedTarget(target, blocks, why="is a single block, and one has to stay")
-    banks = _banks(target, spec, blocks, in_dim, balance)
-    if coupling is None or _single_elements(granularity):
+    banks = _banks(target, spec, blocks, dims, balance)
+    if coupling is None or is_activation(target.target_name) or _single_elements(granularity):
         return PlannedTarget(target, blocks, banks)
     classes = _classes(qualified(target), blocks, coupling)
     if classes is None:
@@ -128,17 +130,20 @@ def _granularity(spec: PruningSpec, default: Granularity) -> Granularity:
     return default if spec.granularity is None or spec.granularity.name == "default" else spec.granularity
 
 
-def _blocks(target: TargetConfig, granularity: Granularity, shape: Sequence[int], **dims: Any) -> Blocks:
+def _blocks(
+    target: TargetConfig, key: str, granularity: Granularity, shape: Sequence[int], dims: Mapping[str, int | None]
+) -> Blocks:
     try:
         return Blocks(tuple(shape), block_of(granularity, shape, **dims))
     except ConfigError as error:
-        where = f"{target.where}['granularity'] on {qualified(target)}"
+        where = f"{target.where}[{key!r}] on {qualified(target)}"
         raise type(error)(error.what, where=where, legal=error.legal, remedy=error.remedy) from None
 
 
-def _activation_blocks(
-    target: TargetConfig, spec: PruningSpec, default: Granularity, shape: torch.Size | None
-) -> Blocks:
+def _activation_dims(
+    target: TargetConfig, spec: PruningSpec, shape: torch.Size | None
+) -> tuple[torch.Size, dict[str, int | None]]:
+    """The shape of one sample of an input or output, and its dimension of channels, whatever these are called."""
     where = f"{target.where} on {qualified(target)}"
     if (spec.ratio, spec.sparse_threshold, spec.min_sparse_ratio) == (None, None, None):
         raise ConflictError(
@@ -153,49 +158,52 @@ def _activation_blocks(
             remedy="Give example_inputs that reach this module, or take the mask from another target: set align in "
             "target_settings.",
         )
-    channel_dim = activation_channel_dim(target.module, len(shape))
-    channel_dim = (1 if len(shape) in (2, 4, 5) else len(shape) - 1) if channel_dim is None else channel_dim
-    granularity = _granularity(spec, default)
-    if granularity.name in ("out_channel", "in_channel"):
-        granularity = Granularity(name="per_channel")
-    one = (1, *shape[1:])
-    return _blocks(target, granularity, one, out_dim=None, in_dim=None, channel_dim=channel_dim)
+    dim = activation_channel_dim(target.module, len(shape))
+    dim = (1 if len(shape) in (2, 4, 5) else len(shape) - 1) if dim is None else dim
+    return torch.Size((1, *shape[1:])), {"out_dim": dim, "in_dim": dim, "channel_dim": dim}
 
 
 def _banks(
     target: TargetConfig,
     spec: PruningSpec,
     blocks: Blocks,
-    in_dim: int | None,
-    balance: Granularity | None = None,
+    dims: Mapping[str, int | None],
+    balance: Granularity | None,
 ) -> Blocks | None:
     """How the grid of blocks is cut into the parts that a pattern or a balance asks for."""
     if spec.sparse_pattern is not None:
-        key, size = "sparse_pattern", spec.sparse_pattern.of
-        if in_dim is None:
-            raise ConflictError(
-                "a pattern runs along the input dimension of a weight, and this target has none",
-                where=f"{target.where}['{key}'] on {qualified(target)}",
-                remedy="Use sparse_ratio with balance_granularity.",
-            )
-        bank = tuple(size if dim == in_dim else 1 for dim in range(len(blocks.grid)))
-    elif (asked := spec.balance_granularity or (None if spec.internal_metric_block else balance)) is not None:
-        key = "balance_granularity"
-        sizes = block_of(asked, blocks.shape, out_dim=0, in_dim=in_dim)
-        if any(size % part for size, part in zip(sizes, blocks.block, strict=True)):
-            raise InvalidValueError(
-                f"{sizes} is no multiple of the block {blocks.block}",
-                where=f"{target.where}['{key}'] on {qualified(target)}",
-                remedy="Balance over whole blocks of the granularity.",
-            )
-        bank = tuple(size // part for size, part in zip(sizes, blocks.block, strict=True))
-    else:
+        in_dim = None if is_activation(target.target_name) else dims["in_dim"]
+        return Blocks(blocks.grid, _pattern_bank(target, spec.sparse_pattern, blocks, in_dim))
+    asked = spec.balance_granularity or (None if spec.internal_metric_block else balance)
+    if asked is None:
         return None
-    try:
-        return Blocks(blocks.grid, bank)
-    except ConfigError as error:
-        where = f"{target.where}['{key}'] on {qualified(target)}"
-        raise type(error)(error.what, where=where, legal=error.legal, remedy=error.remedy) from None
+    sizes = _blocks(target, "balance_granularity", asked, blocks.shape, dims).block
+    if any(size % part for size, part in zip(sizes, blocks.block, strict=True)):
+        raise InvalidValueError(
+            f"{sizes} is no multiple of the block {blocks.block}",
+            where=f"{target.where}['balance_granularity'] on {qualified(target)}",
+            remedy="Balance over whole blocks of the granularity.",
+        )
+    return Blocks(blocks.grid, tuple(size // part for size, part in zip(sizes, blocks.block, strict=True)))
+
+
+def _pattern_bank(target: TargetConfig, pattern: Pattern, blocks: Blocks, in_dim: int | None) -> tuple[int, ...]:
+    """Consecutive blocks along the input dimension."""
+    where = f"{target.where}['sparse_pattern'] on {qualified(target)}"
+    if in_dim is None:
+        raise ConflictError(
+            "a pattern runs along the input dimension of a weight, and this target has none",
+            where=where,
+            remedy="Use sparse_ratio with balance_granularity.",
+        )
+    if blocks.grid[in_dim] % pattern.of:
+        raise InvalidValueError(
+            f"{blocks.grid[in_dim]} blocks along the input dimension cannot be cut into parts of {pattern.of}",
+            where=where,
+            remedy="Leave this target out. Where a block is more than an element, as with pruners of channels, use "
+            "LevelPruner, or set granularity [1].",
+        )
+    return tuple(pattern.of if dim == in_dim else 1 for dim in range(len(blocks.grid)))
 
 
 def _single_elements(granularity: Granularity) -> bool:

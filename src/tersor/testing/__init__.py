@@ -1,3 +1,4 @@
 """Conformance suites for extensions: subclass one in your own tests, and pytest runs it."""
 
 from tersor.testing.propagation import PropagationRuleTestCase as PropagationRuleTestCase
+from tersor.testing.pruner import PrunerTestCase as PrunerTestCase

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, final
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tersor.errors import InvalidValueError, TrainingError, UnmatchedError, nearest
 from tersor.graph.inputs import copied
@@ -208,14 +210,14 @@ class _Run:
 
     def _advance(self, chain: Chain, index: int, caught: list[Caught]) -> None:
         """Put the inputs of the next block in the place of this one's, batch by batch."""
-        with quiet(self.model, self.model.get_submodule(chain.blocks[index])):
+        with _running(self.model, chain.blocks[index]):
             for number, (call, others) in enumerate(caught):
                 output = chain.run(self.model, index, call)
                 caught[number] = Caught(chain.following(index, call, output, others), others)
 
     def _through_block(self, chain: Chain, index: int, caught: Sequence[Caught], watch: Watch) -> None:
         hooks = self._watched(chain.modules[index], watch)
-        with quiet(self.model, self.model.get_submodule(chain.blocks[index])), hooked(self.model, before=hooks):
+        with _running(self.model, chain.blocks[index]), hooked(self.model, before=hooks):
             for call, _ in caught:
                 chain.run(self.model, index, call)
 
@@ -292,6 +294,13 @@ class _Order:
                 where="modules",
                 remedy="Leave such modules out, or give batches that reach them.",
             )
+
+
+@contextmanager
+def _running(model: nn.Module, block: str) -> Iterator[None]:
+    """Run one block alone; its masked weights are computed once for all batches."""
+    with quiet(model, model.get_submodule(block)), parametrize.cached():
+        yield
 
 
 def _held(stage: Stage) -> Generator[Stage, None, None]:

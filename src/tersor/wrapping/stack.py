@@ -65,6 +65,10 @@ class TargetStack(nn.Module):
                 where=self.target,
                 remedy="Give each target to one compressor of a kind; exclude it from the other's config list.",
             )
+        self.put(transform)
+
+    def put(self, transform: Transform) -> None:
+        """Put a transform at its stage, in place of any that is there."""
         self.add_module(transform.stage.name.lower(), transform)
 
     def find(self, stage: Stage) -> Transform | None:
@@ -136,7 +140,7 @@ class Mask(Transform):
         """A mask takes the factors that a checkpoint holds, however many they are."""
         names = [name for name in state_dict if name.startswith(f"{prefix}factor_")]
         device = self.factors[0].device if self.factors else None
-        self.set([state_dict[name] for name in names], device)
+        self.set([state_dict[name].clone() for name in names], device)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def product(self, shape: Sequence[int] | None = None) -> Tensor:
@@ -146,7 +150,8 @@ class Mask(Transform):
 
     def forward(self, value: Tensor) -> Tensor:
         """The masked value, same shape and dtype."""
-        factors = [factor.to(value.device) for factor in self.factors]  # model.to() does not reach a hook's masks
+        factors = [fitted(factor, value.shape, self.target) for factor in self.factors]
+        factors = [factor.to(value.device) for factor in factors]  # model.to() does not reach a hook's masks
         if self.method == "mul":
             return multiply(value, factors)
         for factor in factors if self.method == "add" else ():
@@ -164,6 +169,34 @@ def multiply(value: Tensor, factors: Sequence[Tensor]) -> Tensor:
     for factor in factors:
         value = value * factor
     return value
+
+
+def fitted(mask: Tensor, shape: Sequence[int], where: str) -> Tensor:
+    """A mask as it fits what passes: the same channels are masked where a module is called without a batch.
+
+    Args:
+        mask: of an input, an output or a parameter.
+        shape: of what passes; dimensions of size 1 that it lacks in front are left out of the mask.
+        where: what errors name.
+
+    Raises:
+        MaskError: it does not fit.
+
+    >>> fitted(torch.ones(1, 1, 3, dtype=torch.bool), (5, 3), "fc").shape
+    torch.Size([1, 3])
+    """
+    lacking = max(mask.dim() - len(shape), 0)
+    if mask.shape[:lacking].numel() == 1:
+        mask = mask.reshape(mask.shape[lacking:])
+    sizes = shape[len(shape) - mask.dim() :] if mask.dim() <= len(shape) else ()
+    if len(sizes) < mask.dim() or any(own not in (1, size) for own, size in zip(mask.shape, sizes, strict=True)):
+        raise MaskError(
+            f"a mask of shape {tuple(mask.shape)} does not fit a tensor of shape {tuple(shape)}",
+            where=where,
+            remedy="It was made for inputs of other sizes. Where sizes differ from batch to batch, use a granularity "
+            "that is whole along them, such as 'per_channel'.",
+        )
+    return mask
 
 
 def check_shape(mask: Tensor, shape: Sequence[int], where: str) -> None:
@@ -212,13 +245,14 @@ def compact(mask: Tensor) -> Tensor:
 def factorize(mask: Tensor) -> list[Tensor]:
     """Write a mask as a product of one bool vector per dimension, or as itself where it is no such product.
 
-    Vectors of ones are left out. Each factor has the mask's number of dimensions and broadcasts against it.
+    Vectors of ones are left out. Each factor has the mask's number of dimensions and broadcasts against it; what is no
+    product is not copied.
 
     >>> [tuple(f.shape) for f in factorize(torch.tensor([[1, 0, 1], [0, 0, 0]], dtype=torch.bool))]
     [(2, 1), (1, 3)]
     """
     if sum(size > 1 for size in mask.shape) <= 1:
-        return [] if bool(mask.all()) else [mask.clone()]
+        return [] if bool(mask.all()) else [mask]
     factors: list[Tensor] = []
     for dim in range(mask.dim()):
         others = [other for other in range(mask.dim()) if other != dim]
@@ -228,4 +262,4 @@ def factorize(mask: Tensor) -> list[Tensor]:
     product = torch.ones_like(mask)
     for factor in factors:
         product &= factor
-    return factors if torch.equal(product, mask) else [mask.clone()]
+    return factors if torch.equal(product, mask) else [mask]

@@ -22,6 +22,10 @@ class Wrapper:
 
     ``forward`` is never replaced. A parameter is simulated by ``torch.nn.utils.parametrize`` and stays the same object,
     so that an optimizer made before goes on working; an input or output is simulated by a forward hook.
+
+    Attributes:
+        own_tensors: names of the parameters and buffers that the module itself holds, in its order; what another
+            parametrization computes is not among them.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -30,7 +34,7 @@ class Wrapper:
         self.stacks: dict[str, TargetStack] = {}
         self.attached = True
         self._handles: dict[str, RemovableHandle] = {}
-        self._order = [*module._parameters, *module._buffers]
+        self.own_tensors = [*module._parameters, *module._buffers]
         self._not_persistent = set(module._non_persistent_buffers_set)
 
     def stack(self, target: str) -> TargetStack:
@@ -83,11 +87,18 @@ class Wrapper:
         Args:
             bake: write masked or quantized values into the parameters first.
         """
+        if self.attached:
+            self._fold()  # first: what is baked is what the folded parameters come to
         if bake:
             self._bake()
         if self.attached:
             self._detach_all()
             self.attached = False
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        for target, stack in self._parameter_stacks():
+            stack.fold(self.tensor(target))
 
     def _bake(self) -> None:
         for target, stack in self._parameter_stacks():
@@ -114,7 +125,7 @@ class Wrapper:
         if not target.startswith((INPUT, OUTPUT)):
             if next(stack.buffers(), None) is not None:
                 stack.to(self.tensor(target).device)
-            parametrize.register_parametrization(self.module, target, stack, unsafe=True)
+            _register(self.module, target, stack)
             if isinstance(self.module, nn.RNNBase):
                 self._hook(WEIGHTS, self.module.register_forward_pre_hook(refresh_flat_weights))
         elif target.startswith(INPUT):
@@ -137,8 +148,6 @@ class Wrapper:
             handle.remove()
         self._handles.clear()
         for target, stack in self._parameter_stacks():
-            with torch.no_grad():
-                stack.fold(self.tensor(target))
             applied = _parametrizations(self.module, target)
             if applied == [stack]:
                 parametrize.remove_parametrizations(self.module, target, leave_parametrized=False)
@@ -153,8 +162,27 @@ class Wrapper:
         """Removing a parametrization puts a tensor last and makes a buffer persistent; both are put right."""
         self.module._non_persistent_buffers_set.update(self._not_persistent)
         for registry in (self.module._parameters, self.module._buffers):
-            for name in [name for name in self._order if name in registry]:
+            for name in [name for name in self.own_tensors if name in registry]:
                 registry[name] = registry.pop(name)  # pyright: ignore
+
+
+def _register(module: nn.Module, target: str, stack: TargetStack) -> None:
+    """Register a parametrization without touching the tensor.
+
+    torch sets it anew, and what hangs on its gradient (the hooks of ``DistributedDataParallel``) is lost. So a stand-in
+    takes its place meanwhile.
+    """
+    registry: Any = module._parameters if target in module._parameters else module._buffers
+    tensor = registry.get(target)
+    if tensor is not None:
+        stand_in = tensor.detach()
+        registry[target] = (
+            nn.Parameter(stand_in, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stand_in
+        )
+    parametrize.register_parametrization(module, target, stack, unsafe=True)
+    if tensor is not None:
+        own: Any = module.parametrizations[target]  # pyright: ignore
+        (own._parameters if "original" in own._parameters else own._buffers)["original"] = tensor
 
 
 def _parametrizations(module: nn.Module, target: str) -> list[nn.Module]:

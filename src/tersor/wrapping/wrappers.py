@@ -70,6 +70,10 @@ class ModelWrappers:
             for wrapper in attached:
                 wrapper.attach()
 
+    def tied(self, module: str, target: str) -> list[Place]:
+        """All places of a target's tensor, its own among them; several where the model shares it."""
+        return self._ties.get((module, target), [(module, target)])
+
     def mask(self, module: str, target: str) -> Mask:
         """The mask of a target; made, masking nothing, when first asked for."""
         stack = self[module].stack(target)
@@ -79,6 +83,10 @@ class ModelWrappers:
             stack.add(mask)
         assert isinstance(mask, Mask)
         return mask
+
+    def owns(self, module: str, target: str) -> bool:
+        """Whether a module has a parameter to itself: not tied to another's, and not computed from others."""
+        return target in self[module].own_tensors and (module, target) not in self._ties
 
     def check_masks(self, masks: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Refuse masks that do not fit the model, before any is applied.
@@ -118,7 +126,7 @@ class ModelWrappers:
         spread: dict[Place, list[Tensor]] = {}
         for module, targets in masks.items():
             for target, factors in targets.items():
-                for place in self._ties.get((module, target), [(module, target)]):
+                for place in self.tied(module, target):
                     known = spread.setdefault(place, [])
                     known += [factor for factor in factors if not any(factor is other for other in known)]
         return spread
