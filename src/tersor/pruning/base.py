@@ -146,7 +146,7 @@ class Pruner(Compressor):
         decide(
             choices(self.plan.targets),
             equal,
-            lambda asked, target: asked if getattr(target.config.spec, "sparse_threshold", None) is None else 0.0,
+            lambda asked, target, setting="sparse_ratio": 0.0 if setting == "sparse_threshold" else asked,
         )
 
     def apply_decision(self, keep: Mapping[str, Tensor]) -> None:
