@@ -220,9 +220,10 @@ def test_no_graph_is_kept_where_gradients_have_one(config_list):
     pruner.unwrap_model()
 
 
-def test_an_output_of_changing_size_is_refused_by_its_name():
+def test_positions_of_an_output_of_changing_size_are_refused_by_its_name():
     model = network()[:5]
-    pruner = ActivationMeanRankPruner(model, OUTPUT, training_steps=2, example_inputs=X[:2])
+    config_list = [{**OUTPUT[0], "granularity": [1, 1, 1, 1]}]
+    pruner = ActivationMeanRankPruner(model, config_list, training_steps=2, example_inputs=X[:2])
     pruner.start()
     model(X[:2])
     with pytest.raises(TrainingError, match=r"2\._output_0: .*\(8, 6, 6\) in one batch and \(8, 5, 6\) in another"):

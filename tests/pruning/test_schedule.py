@@ -685,3 +685,19 @@ class TestTickets:
         with pytest.raises(ConflictError, match="rewind_steps: the weights cannot go back to step 4"):
             LotteryTicketPruner(pruner, 2, 2, rewind_steps=4)
         pruner.unwrap_model()
+
+    def test_a_round_is_what_was_left_where_the_weights_go_back_to(self):
+        """A schedule of learning rates for one training is enough for each round; each ends where the first did."""
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=BATCHES)
+        rates = []
+        evaluator = TorchEvaluator.from_loader(
+            DATA, F.cross_entropy, optimizer, scheduler, scheduler_interval="step", dummy_input=X[:2]
+        )
+        optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+        schedule = LotteryTicketPruner(L1NormPruner(model, CHANNELS, evaluator), total_times=2, rewind_steps=1)
+        schedule.compress(max_epochs=1)
+        schedule.unwrap_model()
+        assert len(rates) == BATCHES + 2 * (BATCHES - 1)
+        assert rates[BATCHES:] == rates[1:BATCHES] * 2

@@ -31,7 +31,8 @@ class LotteryTicketPruner(ScheduledPruner):
         total_times: T.
         evaluator: see there.
         reset_weight: whether the weights go back; without, this is iterative pruning.
-        rewind_steps: how far into the first training the weights go back to.
+        rewind_steps: how far into the first training the weights go back to; each round then trains for what was left
+            of it, with the optimizers and schedulers as they were there.
         log_dir: see there.
         best: see there.
 
@@ -73,7 +74,7 @@ class LotteryTicketPruner(ScheduledPruner):
         super().__init__(pruner, interval_steps, total_times, evaluator, log_dir=log_dir, best=best)
         self.reset_weight, self.rewind_steps = reset_weight, rewind_steps
         self.origin: Snapshot | None = None
-        self._all_steps = 0
+        self._all_steps = self._whole_steps = 0
 
     def ratio_at(self, ratio: float, times: int) -> float:
         """The same share of what is left each time."""
@@ -82,9 +83,15 @@ class LotteryTicketPruner(ScheduledPruner):
     def on_start(self) -> None:
         """Remember the beginning."""
         super().on_start()
-        self._all_steps = 0
+        self._all_steps = self._whole_steps = 0
         if self.rewind_steps == 0:
             self._remember()
+
+    def on_gradients(self) -> None:
+        """Before the step behind the beginning: schedulers have by now made theirs."""
+        if self.origin is not None and self._all_steps == self.rewind_steps > 0:
+            self.origin.note_training()
+        super().on_gradients()
 
     def on_step(self) -> None:
         """Remember the beginning where it lies within the training."""
@@ -108,12 +115,19 @@ class LotteryTicketPruner(ScheduledPruner):
         evaluator = self._trainer
         assert evaluator is not None
         evaluator.train(self.model, self, max_steps=max_steps, max_epochs=max_epochs)
-        if self.origin is None:
+        if self.origin is None or self._all_steps == self.rewind_steps > 0:
             raise TrainingError(
                 f"the first training ended after {self._all_steps} steps",
                 where="rewind_steps",
-                legal=(f"0 to {self._all_steps}",),
+                legal=(f"0 to {self._all_steps - 1}",),
             )
+        self._whole_steps = self._all_steps
+
+    def length_of_round(self, max_steps: int | None, max_epochs: int | None) -> tuple[int | None, int | None]:
+        """What was left of the first training where the weights go back to."""
+        if not (self.reset_weight and self.rewind_steps):
+            return max_steps, max_epochs
+        return self._whole_steps - self.rewind_steps, max_epochs
 
     def after_pruning(self) -> None:
         """Go back."""
@@ -124,12 +138,12 @@ class LotteryTicketPruner(ScheduledPruner):
     def own_state(self) -> dict[str, Any]:
         """Where the schedule stands, and the beginning."""
         origin = None if self.origin is None else self.origin.state_dict()
-        return {**super().own_state(), "origin": origin, "all_steps": self._all_steps}
+        return {**super().own_state(), "origin": origin, "steps_so_far": (self._all_steps, self._whole_steps)}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         super().load_own_state(state)
-        self._all_steps = state["all_steps"]
+        self._all_steps, self._whole_steps = state["steps_so_far"]
         if state["origin"] is not None:
             self._remember()
             assert self.origin is not None

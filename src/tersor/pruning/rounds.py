@@ -73,6 +73,10 @@ class Stepwise(Pruner):
     def before_rounds(self, max_steps: int | None, max_epochs: int | None) -> None:
         """What happens before the first round."""
 
+    def length_of_round(self, max_steps: int | None, max_epochs: int | None) -> tuple[int | None, int | None]:
+        """How many steps and epochs each round trains for, of those that :meth:`compress` was given."""
+        return max_steps, max_epochs
+
 
 @dataclass(frozen=True)
 class Round:
@@ -171,7 +175,8 @@ class Rounds:
                     self._make_small()
                     self._restart(fresh)
                 if evaluator is not None and (max_steps is not None or max_epochs is not None):
-                    evaluator.train(schedule.model, schedule, max_steps=max_steps, max_epochs=max_epochs)
+                    steps, epochs = schedule.length_of_round(max_steps, max_epochs)
+                    evaluator.train(schedule.model, schedule, max_steps=steps, max_epochs=epochs)
                 self._record(None if evaluator is None else evaluator.evaluate(schedule.model))
                 self._save(described)
         finally:

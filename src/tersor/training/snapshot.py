@@ -39,7 +39,11 @@ class Snapshot:
         self._tensors = {**parameters, **kept}
         self._values = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
         self._evaluator = evaluator
-        self._training: Any = None if evaluator is None else copy.deepcopy(evaluator.state_dict())
+        self.note_training()
+
+    def note_training(self) -> None:
+        """Keep the optimizers and schedulers as they are now; the model's values stay those from before."""
+        self._training: Any = None if self._evaluator is None else copy.deepcopy(self._evaluator.state_dict())
 
     @torch.no_grad()
     def restore(self) -> None:
