@@ -6,7 +6,8 @@ first and ever less towards the end; between rounds the model becomes physically
 one before. On this small network, at once wins (98.7 % against 98.4 %): all of its epochs are spent at the final size.
 So measure it on yours; either way is a few lines.
 
-It takes about two minutes on one core; ``--images 5000`` is a quick look. Run it with ``python examples/02_schedule.py``.
+It takes about two minutes on one core; ``--images 5000`` is a quick look. Run it with
+``python examples/02_schedule.py``.
 """
 
 import argparse

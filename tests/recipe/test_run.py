@@ -214,7 +214,7 @@ class TestRounds:
         (folder / "rounds.pt").touch()
         assert begin_rounds(asked, folder)
         assert begin_rounds(recipe(pruning={"schedule": self.SCHEDULE}, batch_sizes=[1]), folder)
-        with pytest.raises(CheckpointError, match=r"another recipe: fine_tuning differ.*Delete the folder"):
+        with pytest.raises(CheckpointError, match=r"a recipe with another fine_tuning\..*Delete the folder"):
             run_recipe(
                 recipe(pruning={"schedule": self.SCHEDULE}, tuning={"epochs": 1, "learning_rate": 0.5}),
                 console=Console(file=io.StringIO()),

@@ -2,13 +2,16 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tersor.errors import ConfigError, ConflictError, InvalidValueError, UnknownKeyError
 from tersor.recipe import Recipe, read_recipe
+from tersor.recipe.pruner import find_algorithm
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "recipes"
 WHOLE = {
     "model": "m:net",
     "data": "m:data",
@@ -59,6 +62,14 @@ def test_pruning_in_full_survives_json():
     assert (again.pruning.schedule.initial_ratio, again.pruning.schedule.interval_steps) == (0.0, None)
     assert (again.recovery.batch_norm, again.recovery.bias, again.recovery.batches) == (True, True, 16)
     assert Recipe.parse(changed()).recovery is Recipe.parse(changed()).pruning.schedule is None
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_name_what_there_is(path):
+    recipe = read_recipe(path)
+    algorithm = find_algorithm(recipe)
+    assert algorithm.pruner.__name__ == recipe.pruning.pruner
+    assert algorithm.in_rounds == (path.stem == "mnist_rounds")
 
 
 def test_config_list_may_be_a_file(tmp_path):

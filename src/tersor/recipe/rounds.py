@@ -119,7 +119,7 @@ def begin_rounds(recipe: Recipe, folder: Path) -> bool:
         known = {}
     if differing := [name for name in asked if known.get(name) != asked[name]]:
         raise CheckpointError(
-            f"holds the rounds of a run that was not finished, and of another recipe: {', '.join(differing)} differ",
+            f"holds the rounds of a run that was not finished, of a recipe with another {', '.join(differing)}",
             where=str(folder),
             remedy="Delete the folder to begin anew, or give another output.directory.",
         )
