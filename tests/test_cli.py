@@ -88,6 +88,51 @@ def test_inspect_layers_and_groups(call, recipe):
     assert "conv2.weight dim 1 [0:8] read" in groups.stdout
 
 
+def test_plan_says_in_words_what_the_table_cannot(call, recipe):
+    path = recipe(
+        pruning={
+            "pruner": "TaylorPruner",
+            "arguments": {"training_steps": 2},
+            "config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}],
+            "schedule": {"total_times": 2, "speedup": True, "best": "maximize"},
+        }
+    )
+    text = call("plan", path).stdout
+    assert "TaylorPruner(training_steps=2). Removes the blocks" in text
+    assert "It trains 2 steps first, which are then undone." in text
+    # 0.5 (1 - (1/2)^3), and all
+    assert "the model of the highest metric is kept. Of a ratio of 0.5 it reaches 0.438, 0.5." in text
+    words = json.loads(call("plan", path, "--json").stdout)["words"]
+    assert list(words) == ["pruner", "schedule", "fine-tuning"]
+    assert words["fine-tuning"] == "1 epoch, 2 steps in each round, with SGD at learning rate 0.01 (constant)"
+
+
+def test_plan_says_how_single_weights_are_pruned(call, recipe):
+    path = recipe(
+        pruning={"pruner": "WandaPruner", "config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]},
+        recovery={"bias": True, "batches": 1},
+        fine_tuning={"epochs": 0},
+    )
+    document = json.loads(call("plan", path, "--json").stdout)
+    # rows of 9 lose 4, and of 72 lose 36
+    assert {row["module"]: row["removes"] for row in document["targets"] if row["target"] == "weight"} == {
+        "conv1": 8 * 4,
+        "conv2": 8 * 36,
+    }
+    assert document["words"]["calibration"] == "on 8 batches of the training data"
+    assert document["words"]["recovery"] == "batch norms are measured anew and biases are corrected, over 1 batch"
+    assert document["words"]["fine-tuning"] == "none"
+
+
+def test_pruners_are_listed(call):
+    text = call("pruners").stdout
+    assert "TaylorPruner" in text
+    assert "training_steps=100" in text
+    document = json.loads(call("pruners", "--json").stdout)
+    assert {"calibration data"} <= {need for own in document["pruners"] for need in own["needs"]}
+    assert [own["name"] for own in document["schedules"]] == ["AGPPruner", "LinearPruner", "LotteryTicketPruner"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,4 +1,4 @@
-"""The command line: ``tersor run``, ``plan``, ``compare`` and ``inspect``.
+"""The command line: ``tersor run``, ``plan``, ``compare``, ``inspect`` and ``pruners``.
 
 What is asked for goes to the standard output, as a table or, with ``--json``, as one JSON document; everything else
 goes to the standard error stream. Exit codes: 0 well, 1 an error, 2 wrong usage, 130 interrupted.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from pydantic_core import to_json
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from torch import nn
 
@@ -24,7 +24,7 @@ from tersor import analysis
 from tersor.checkpoint import read_architecture
 from tersor.errors import ConfigError, InvalidValueError, TersorError
 from tersor.graph import groups as coupling_groups
-from tersor.recipe import build_data, build_model, prepare, read_recipe, run_recipe
+from tersor.recipe import build_data, build_model, catalogue, describe, prepare, read_recipe, run_recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,11 +81,15 @@ def plan(
 ) -> None:
     """Show what RECIPE would do to which layer and why, without doing it."""
     with _reported(as_json, traceback):
-        prepared = prepare(read_recipe(recipe), progress=False)
-        found = tersor.plan(prepared.original, prepared.config_list, "pruning", prepared.example_inputs)
+        asked = read_recipe(recipe)
+        prepared = prepare(asked, progress=False)
+        found, words = prepared.pruner.plan, describe(asked, prepared)
         explanation = None if explain is None else found.explain(explain)
-    document = found.to_dict() if explanation is None else {"module": explain, "explanation": explanation}
-    _show(found if explanation is None else escape(explanation), document, as_json)
+    if explanation is not None:
+        _show(escape(explanation), {"module": explain, "explanation": explanation}, as_json)
+        return
+    lines = "\n".join(f"[bold]{escape(part):<13}[/]{escape(text)}" for part, text in words.items())
+    _show(Group(found, "", lines), {**found.to_dict(), "words": words}, as_json)
 
 
 @app.command()
@@ -131,6 +135,14 @@ def inspect(
         network = _model(model, builder)
         found: Any = coupling_groups(network, inputs) if groups else analysis.inspect(network, inputs)
     _show(escape(str(found)) if groups else found, found.to_dict(), as_json)
+
+
+@app.command()
+def pruners(as_json: Json = False, traceback: Traceback = False) -> None:
+    """List the pruners that a recipe can name: what each does, needs, and takes as arguments."""
+    with _reported(as_json, traceback):
+        found = catalogue()
+    _show(found, found.to_dict(), as_json)
 
 
 @contextmanager

@@ -2,13 +2,16 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from tersor.errors import ConfigError, ConflictError, InvalidValueError, UnknownKeyError
 from tersor.recipe import Recipe, read_recipe
+from tersor.recipe.pruner import find_algorithm
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "recipes"
 WHOLE = {
     "model": "m:net",
     "data": "m:data",
@@ -45,6 +48,30 @@ def test_recipe_survives_json():
     assert again.model.checkpoint == "runs/old"
 
 
+def test_pruning_in_full_survives_json():
+    schedule = {"pruner": "AGPPruner", "total_times": 4, "initial_ratio": 0, "speedup": True, "best": "maximize"}
+    recipe = Recipe.parse(
+        changed(
+            pruning={"pruner": "TaylorPruner", "arguments": {"training_steps": 5}, "schedule": schedule},
+            recovery={"bias": True},
+        )
+    )
+    again = Recipe.parse(json.loads(json.dumps(recipe.model_dump(mode="json"))))
+    assert again == recipe
+    assert again.pruning.arguments == {"training_steps": 5}
+    assert (again.pruning.schedule.initial_ratio, again.pruning.schedule.interval_steps) == (0.0, None)
+    assert (again.recovery.batch_norm, again.recovery.bias, again.recovery.batches) == (True, True, 16)
+    assert Recipe.parse(changed()).recovery is Recipe.parse(changed()).pruning.schedule is None
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_name_what_there_is(path):
+    recipe = read_recipe(path)
+    algorithm = find_algorithm(recipe)
+    assert algorithm.pruner.__name__ == recipe.pruning.pruner
+    assert algorithm.in_rounds == (path.stem == "mnist_rounds")
+
+
 def test_config_list_may_be_a_file(tmp_path):
     path = tmp_path / "list.json"
     path.write_text(json.dumps(WHOLE["pruning"]["config_list"]))
@@ -56,6 +83,18 @@ def test_config_list_may_be_a_file(tmp_path):
     [
         ({"sede": 1}, UnknownKeyError, r"r: 'sede' is no key here.*Did you mean 'seed'\?"),
         ({"fine_tuning": {"epoch": 1}}, UnknownKeyError, r"r\['fine_tuning'\]: 'epoch' is no key.*'epochs'"),
+        ({"pruning": {"arguments": [1]}}, InvalidValueError, r"r\['pruning'\]\['arguments'\]: \[1\] is no mapping"),
+        (
+            {"pruning": {"schedule": {"total_time": 4}}},
+            UnknownKeyError,
+            r"r\['pruning'\]\['schedule'\]: 'total_time' is no key.*'total_times'",
+        ),
+        ({"pruning": {"schedule": {"total_times": 0}}}, InvalidValueError, r"\['total_times'\]: 0 is no number"),
+        ({"pruning": {"schedule": {"initial_ratio": 2}}}, InvalidValueError, r"\['initial_ratio'\]: 2 is no ratio"),
+        ({"pruning": {"schedule": {"best": "max"}}}, InvalidValueError, r"\['best'\]: 'max'.*maximize"),
+        ({"pruning": {"calibration_batches": 0}}, InvalidValueError, r"\['calibration_batches'\]: 0"),
+        ({"recovery": {"batchnorm": True}}, UnknownKeyError, r"r\['recovery'\]: .*'batch_norm'"),
+        ({"recovery": {"batches": "all"}}, InvalidValueError, r"r\['recovery'\]\['batches'\]: 'all'"),
         ({"output": {"dir": "a"}}, UnknownKeyError, r"r\['output'\]: 'dir' is no key"),
         ({"pruning": {"prunner": "a"}}, UnknownKeyError, r"r\['pruning'\]: 'prunner' is no key.*'pruner'"),
         ({"model": {"build": "m:net", "checkpont": "a"}}, UnknownKeyError, r"r\['model'\]: .*'checkpoint'"),

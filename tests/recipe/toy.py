@@ -40,15 +40,28 @@ def interrupted_data():
 
 
 class InterruptedLoader:
-    def __init__(self, batches):
+    def __init__(self, batches, passes=2):
         self.batches = batches
-        self.passes = 0
+        self.passes, self.last = 0, passes
+
+    def __len__(self):
+        return len(self.batches)
 
     def __iter__(self):
         self.passes += 1
-        if self.passes > 2:
+        if self.passes > self.last:
             raise KeyboardInterrupt
         return iter(self.batches)
+
+
+def three_layers():
+    """Two hidden layers that are built alike."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 2))
+
+
+def untested_data():
+    return SimpleNamespace(train=data().train, test=None)
 
 
 def chatty_net():

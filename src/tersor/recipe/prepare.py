@@ -6,18 +6,21 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-import tersor.pruning
 from tersor.checkpoint import load
-from tersor.errors import ConfigError, InvalidValueError
+from tersor.errors import ConfigError, ConflictError, InvalidValueError
+from tersor.graph.coupling import coupling_of
 from tersor.pruning import Pruner
+from tersor.pruning.learning import LearningPruner
 from tersor.recipe.imports import import_object, named_object
+from tersor.recipe.pruner import SCHEDULE, Algorithm, check_length, find_algorithm, group
+from tersor.recipe.rounds import Narrated, Speedups
 from tersor.recipe.spec import FineTuning, Recipe
-from tersor.targets.dependency import auto_set_dependency_group_ids
 from tersor.training import TorchEvaluator
 from tersor.training.batches import to_device
 from tersor.training.loops import LoaderLoop
@@ -31,19 +34,23 @@ class Prepared:
 
     Attributes:
         original: the model as it was built, on the recipe's device.
-        model: a copy that the run changes.
-        pruner: the class.
+        model: a copy that the run changes; the pruner wraps it when it starts.
+        algorithm: what the pruner is made of.
+        pruner: the pruner, or the schedule over it.
         evaluator: trains `model`, and evaluates any.
-        example_inputs: what the model can be run on.
-        config_list: with dependency groups, where the recipe wants them.
+        data: what is trained and evaluated on.
+        example_inputs: what the model can be run on, on the recipe's device.
+        speedups: makes models small, and keeps the reports.
     """
 
     original: nn.Module
     model: nn.Module
-    pruner: type[Pruner]
+    algorithm: Algorithm
+    pruner: Pruner
     evaluator: TorchEvaluator
+    data: Data
     example_inputs: Any
-    config_list: list[dict[str, Any]]
+    speedups: Speedups
 
 
 @dataclass(frozen=True)
@@ -63,38 +70,53 @@ class Data:
     example_inputs: Any
 
 
-def prepare(recipe: Recipe, *, progress: bool = True) -> Prepared:
+def prepare(
+    recipe: Recipe, *, progress: bool = True, on_round: Callable[[float | None], None] | None = None
+) -> Prepared:
     """Build everything that the recipe names; nothing is trained or pruned yet.
 
     Args:
         recipe: what to build.
         progress: whether training will show a bar.
+        on_round: called with the metric after each round of a schedule.
 
     Raises:
         ConfigError: a name cannot be imported, or what it gives is not what it should be.
         CheckpointError: the model's checkpoint does not fit.
+        TrainingError: the fine-tuning is too short for what happens meanwhile.
     """
-    device = torch.device(recipe.device)
-    pruner: Any = named_object(recipe.pruning.pruner, tersor.pruning, Pruner, "recipe['pruning']['pruner']")
+    device, tuning = torch.device(recipe.device), recipe.fine_tuning
+    algorithm = find_algorithm(recipe)
     original = build_model(recipe.model.build, recipe.model.checkpoint, "recipe['model']").to(device)
     model = copy.deepcopy(original)
     data = build_data(recipe.data, "recipe['data']")
-    optimizer = make_optimizer(recipe.fine_tuning, model)
+    _check_metric(recipe, data)
+    example_inputs = to_device(data.example_inputs, device)
+    coupling = coupling_of(model, example_inputs)
+    # A first one tells what loses whole channels and how long it learns, which the one that prunes is made with.
+    draft = algorithm.make(
+        model, [entry.as_config() for entry in recipe.pruning.config_list], None, coupling, data.train
+    )
+    draft.unwrap_model()
+    optimizer = make_optimizer(tuning, model)
     evaluator = TorchEvaluator.from_loader(
         data.train,
-        _loss(recipe.fine_tuning),
+        _loss(tuning),
         optimizer,
-        make_schedule(recipe.fine_tuning, optimizer, data.train),
+        make_schedule(tuning, optimizer, data.train, _learning_steps(draft)),
         scheduler_interval="step",
         eval_loader=data.test,
         metric=data.metric,
         progress=progress,
     )
-    example_inputs = to_device(data.example_inputs, device)
-    config_list = [entry.as_config() for entry in recipe.pruning.config_list]
-    if recipe.pruning.dependency_groups:
-        config_list = auto_set_dependency_group_ids(model, config_list, example_inputs)
-    return Prepared(original, model, pruner, evaluator, example_inputs, config_list)
+    config_list = group(model, recipe, coupling, draft.plan)
+    watched = evaluator if on_round is None else Narrated(evaluator, on_round)
+    pruner = algorithm.make(model, config_list, watched, coupling, data.train)
+    pruner.unwrap_model()
+    speedups = Speedups()
+    pruner = algorithm.schedule_over(pruner, speedup=speedups, log_dir=Path(recipe.output.directory) / "rounds")
+    check_length(recipe, algorithm, pruner, total_steps(tuning, data.train))
+    return Prepared(original, model, algorithm, pruner, evaluator, data, example_inputs, speedups)
 
 
 def build_model(path: str, checkpoint: str | None = None, where: str = "") -> nn.Module:
@@ -162,28 +184,67 @@ def make_optimizer(tuning: FineTuning, model: nn.Module) -> torch.optim.Optimize
     return kind(model.parameters(), **options)
 
 
+def total_steps(tuning: FineTuning, train: Iterable[Any]) -> int | None:
+    """How many optimizer steps the fine-tuning has; None where the data loader has no length and nothing limits it.
+
+    >>> total_steps(FineTuning(epochs=3), [1, 2]), total_steps(FineTuning(epochs=3, max_steps=5), [1, 2])
+    (6, 5)
+    """
+    steps = [tuning.max_steps, tuning.epochs * len(train) if isinstance(train, Sized) else None]
+    return min((count for count in steps if count is not None), default=None)
+
+
 def make_schedule(
-    tuning: FineTuning, optimizer: torch.optim.Optimizer, train: Iterable[Any]
+    tuning: FineTuning, optimizer: torch.optim.Optimizer, train: Iterable[Any], learning_steps: int = 0
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
     """The schedule of a recipe over all steps of its fine-tuning; None where the learning rate is constant.
+
+    Args:
+        tuning: the recipe's.
+        optimizer: whose learning rate it is.
+        train: the batches of one epoch.
+        learning_steps: how many steps the pruner trains before.
 
     Raises:
         ConfigError: the loader has no length, so the number of steps is not known.
     """
     if tuning.schedule == "constant" or not tuning.epochs:
         return None
-    if not isinstance(train, Sized) and tuning.max_steps is None:
+    steps = total_steps(tuning, train)
+    if steps is None:
         raise ConfigError(
             "the data loader has no length",
             where="recipe['fine_tuning']['schedule']",
             remedy="Give max_steps, or a constant learning rate.",
         )
-    steps = [tuning.max_steps, tuning.epochs * len(train) if isinstance(train, Sized) else None]
-    total = min(count for count in steps if count is not None)
+    total = steps + learning_steps
     if tuning.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     # One step more: OneCycleLR counts the position after the last step, too.
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, tuning.learning_rate, total + 1)
+    return _OneCycle(optimizer, tuning.learning_rate, total + 1)
+
+
+class _OneCycle(torch.optim.lr_scheduler.OneCycleLR):
+    """Stays where it ends: a pruner may watch more steps than the fine-tuning has, and go back to the beginning."""
+
+    def step(self, epoch: int | None = None) -> None:
+        if self.last_epoch < self.total_steps - 1:
+            super().step(epoch)
+
+
+def _learning_steps(pruner: Pruner) -> int:
+    """How many steps a pruner trains for itself, the optimizers with it."""
+    return pruner.watched_steps if isinstance(pruner, LearningPruner) and not pruner.restores else 0
+
+
+def _check_metric(recipe: Recipe, data: Data) -> None:
+    schedule = recipe.pruning.schedule
+    if schedule is not None and schedule.best != "latest" and data.test is None:
+        raise ConflictError(
+            "no round can be called best without test data",
+            where=f"{SCHEDULE}['best']",
+            remedy="Let the data function return .test, or leave best out.",
+        )
 
 
 def _loss(tuning: FineTuning) -> Any:

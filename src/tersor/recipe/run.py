@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,15 +16,19 @@ from torch import nn
 
 from tersor.analysis import Comparison, compare
 from tersor.checkpoint import load, save
+from tersor.config.values import is_activation
 from tersor.deploy import check_onnx, export_onnx, require_onnx
 from tersor.errors import CheckpointError
 from tersor.graph import Masks
-from tersor.pruning import Pruner, Sparsity
+from tersor.pruning import Pruner, Round, Sparsity, correct_bias, reestimate_batch_norm
+from tersor.pruning.schedule import ScheduledPruner
 from tersor.recipe.prepare import Prepared, prepare
+from tersor.recipe.rounds import ROUNDS_FILE, begin_rounds, forget_rounds, kept_round
 from tersor.recipe.spec import Recipe
 from tersor.recipe.stages import Stages
 from tersor.speedup import ModelSpeedup, SpeedupReport
 from tersor.speedup.verify import outputs_of, relative_error
+from tersor.targets.granularity import Blocks
 from tersor.targets.plan import Plan
 
 
@@ -34,7 +40,9 @@ class RunResult:
         model: the small one.
         plan: what was to be done.
         sparsity: what was asked of each target and what came of it.
-        speedup: what became smaller, what was left alone, and the error of the small model against the masked one.
+        rounds: those of a schedule; empty where it pruned within one training run, or where there is none.
+        speedups: for each time the model was made small, what became smaller, what was left alone, and the error of
+            the small model against the masked one.
         comparison: the model before and after.
         files: what was written, by ``checkpoint``, ``onnx``, ``report``.
         onnx_error: relative error of ONNX Runtime's outputs; None without an export.
@@ -44,7 +52,8 @@ class RunResult:
     model: nn.Module
     plan: Plan
     sparsity: tuple[Sparsity, ...]
-    speedup: SpeedupReport
+    rounds: tuple[Round, ...]
+    speedups: tuple[SpeedupReport, ...]
     comparison: Comparison
     files: dict[str, Path]
     onnx_error: float | None
@@ -56,7 +65,11 @@ class RunResult:
             "comparison": self.comparison.to_dict(),
             "plan": self.plan.to_dict(),
             "sparsity": [asdict(target) for target in self.sparsity],
-            "speedup": {"error": self.speedup.error, "left_alone": [asdict(left) for left in self.speedup.left_alone]},
+            "rounds": [asdict(of) for of in self.rounds],
+            "speedups": [
+                {"error": report.error, "left_alone": [asdict(left) for left in report.left_alone]}
+                for report in self.speedups
+            ],
             "files": {kind: str(path) for kind, path in self.files.items()},
             "onnx_error": self.onnx_error,
             "seconds": self.seconds,
@@ -67,7 +80,8 @@ def run_recipe(recipe: Recipe, *, progress: bool = True, console: Console | None
     """Run a recipe from its model to the report.
 
     The global random state is seeded from the recipe. After every epoch of fine-tuning the model, made small, is saved;
-    so a run that is interrupted leaves a checkpoint that `tersor.load` reads.
+    so a run that is interrupted leaves a checkpoint that `tersor.load` reads. Where a schedule prunes in rounds, they
+    are kept instead, and the same recipe goes on after the last whole one.
 
     Args:
         recipe: what to do.
@@ -92,38 +106,65 @@ class _Run:
         self.stage = stages
         self.progress = progress
         self.directory = Path(recipe.output.directory)
+        self.rounds = self.directory / "rounds"
         self.files: dict[str, Path] = {}
+        self.pruner: Pruner | None = None
+        self.round_begun = 0.0
 
     def run(self) -> RunResult:
         try:
             return self._run()
         except KeyboardInterrupt:
-            left = self.files.get("checkpoint")
-            self.stage.say(
-                "interrupted", f"{left} holds the last whole checkpoint" if left else "nothing was saved yet"
-            )
+            self.stage.say("interrupted", self._what_is_left())
             raise
+
+    def _what_is_left(self) -> str:
+        if (self.rounds / ROUNDS_FILE).exists():
+            return f"{self.rounds} holds the rounds so far, and the same command goes on after them"
+        left = self.files.get("checkpoint")
+        return f"{left} holds the last whole checkpoint" if left else "nothing was saved yet"
 
     def _run(self) -> RunResult:
         with self.stage("build") as note:
-            prepared = prepare(self.recipe, progress=self.progress)
+            prepared = prepare(self.recipe, progress=self.progress, on_round=self._round_is_over)
             parameters = sum(parameter.numel() for parameter in prepared.model.parameters())
             note(f"{type(prepared.model).__name__} of {parameters:,} parameters")
         before = self._evaluate(prepared, prepared.original, "before")
-        pruner = self._plan(prepared)
+        pruner = self.pruner = prepared.pruner
+        plan = self._plan(pruner)
         try:
-            self._prune(pruner)
-            self._fine_tune(prepared, pruner)
+            if prepared.algorithm.in_rounds:
+                prepared = replace(prepared, model=self._prune_in_rounds(pruner))
+            else:
+                self._prune(pruner)
+                self._recover(prepared)
+                self._fine_tune(prepared, pruner)
             sparsity, masks = tuple(pruner.sparsity()), pruner.get_masks()
         finally:
             pruner.unwrap_model()
-        speedup = self._speed_up(prepared, masks)
+        if prepared.speedups.reports:
+            sparsity = tuple(_cut_away(plan, prepared.model))
+        else:
+            self._speed_up(prepared, masks)
         after = self._evaluate(prepared, prepared.model, "after")
-        self._save_and_load(prepared, {"before": before, "after": after})
+        self._save_and_load(
+            prepared,
+            {"accuracy": {"before": before, "after": after}, "rounds": [asdict(of) for of in _rounds_of(pruner)]},
+        )
         onnx_error = self._export(prepared)
         comparison = self._compare(prepared, (before, after), sparsity)
+        if prepared.algorithm.in_rounds:
+            forget_rounds(self.rounds)
         return RunResult(
-            prepared.model, pruner.plan, sparsity, speedup, comparison, self.files, onnx_error, self.stage.seconds
+            model=prepared.model,
+            plan=plan,
+            sparsity=sparsity,
+            rounds=_rounds_of(pruner),
+            speedups=tuple(prepared.speedups.reports),
+            comparison=comparison,
+            files=self.files,
+            onnx_error=onnx_error,
+            seconds=self.stage.seconds,
         )
 
     def _evaluate(self, prepared: Prepared, model: nn.Module, when: str) -> float | None:
@@ -132,20 +173,53 @@ class _Run:
             note("no test data" if score is None else f"{score:.4f}")
         return score
 
-    def _plan(self, prepared: Prepared) -> Pruner:
+    def _plan(self, pruner: Pruner) -> Plan:
         with self.stage("plan") as note:
-            pruner = prepared.pruner(
-                prepared.model, prepared.config_list, prepared.evaluator, example_inputs=prepared.example_inputs
-            )
             actions = Counter(row.action for row in pruner.plan.rows)
             note(", ".join(f"{action} {count} targets" for action, count in actions.items()))
-        return pruner
+        return pruner.plan
 
     def _prune(self, pruner: Pruner) -> None:
         with self.stage("prune") as note:
             pruner.start()
             targets = pruner.sparsity()
-            note(f"{sum(target.removed for target in targets)} of {sum(target.blocks for target in targets)} blocks")
+            if pruner.get_masks():
+                note(
+                    f"{sum(target.removed for target in targets)} of {sum(target.blocks for target in targets)} blocks"
+                )
+            else:
+                note(f"{type(pruner).__name__} prunes while the model trains")
+
+    def _prune_in_rounds(self, pruner: Pruner) -> nn.Module:
+        tuning, schedule = self.recipe.fine_tuning, self.recipe.pruning.schedule
+        assert schedule is not None
+        if begin_rounds(self.recipe, self.rounds):
+            self.stage.say("resume", f"after the rounds in {self.rounds}")
+        self.round_begun = perf_counter()
+        with self.stage("rounds") as note:
+            model, _ = pruner.compress(tuning.max_steps if tuning.epochs else None, tuning.epochs or None)
+            rounds = _rounds_of(pruner)
+            kept = kept_round(rounds, schedule.best)
+            note(f"round {kept.number} of {len(rounds)} is kept, {kept.removed:.0%} of the blocks removed")
+        return model
+
+    def _round_is_over(self, metric: float | None) -> None:
+        number = 1 if self.pruner is None else len(_rounds_of(self.pruner)) + 1
+        begun, self.round_begun = self.round_begun, perf_counter()
+        score = "no test data" if metric is None else f"{metric:.4f}"
+        self.stage.over(f"round {number}", self.round_begun - begun, score)
+
+    def _recover(self, prepared: Prepared) -> None:
+        recovery, train = self.recipe.recovery, prepared.data.train
+        if recovery is None:
+            return
+        with self.stage("recover") as note:
+            if recovery.batch_norm:
+                batches = reestimate_batch_norm(prepared.model, train, max_batches=recovery.batches)
+                note(f"batch norms measured over {batches} batches")
+            if recovery.bias:
+                names = correct_bias(prepared.model, prepared.original, train, max_batches=recovery.batches)
+                note(f"biases of {len(names)} layers corrected")
 
     def _fine_tune(self, prepared: Prepared, pruner: Pruner) -> None:
         tuning, steps = self.recipe.fine_tuning, 0
@@ -159,19 +233,18 @@ class _Run:
                 self._save(_small_copy(prepared, pruner), {"finished": False, "epoch": epoch})
         pruner.finish()
 
-    def _speed_up(self, prepared: Prepared, masks: Masks) -> SpeedupReport:
+    def _speed_up(self, prepared: Prepared, masks: Masks) -> None:
         with self.stage("speed up") as note:
-            speedup = ModelSpeedup(prepared.model, prepared.example_inputs, masks)
-            speedup.speedup_model()
-            assert speedup.report is not None
-            note(f"{len(speedup.report.shapes)} tensors cut, relative error {speedup.report.error:.1g}")
-        return speedup.report
+            prepared.speedups(prepared.model, prepared.example_inputs, masks).speedup_model()
+            report = prepared.speedups.reports[-1]
+            cut = f"{len(report.shapes)} tensors cut" if report.shapes else "nothing to cut: what was removed is zero"
+            note(f"{cut}, relative error {report.error:.1g}")
 
-    def _save_and_load(self, prepared: Prepared, accuracy: dict[str, float | None]) -> None:
+    def _save_and_load(self, prepared: Prepared, metadata: dict[str, Any]) -> None:
         if not self.recipe.output.checkpoint:
             return
         with self.stage("save, load") as note:
-            self._save(prepared.model, {"finished": True, "accuracy": accuracy})
+            self._save(prepared.model, {"finished": True, **metadata})
             loaded = load(copy.deepcopy(prepared.original), self.files["checkpoint"], device=self.recipe.device)
             inputs = prepared.example_inputs
             error = relative_error(outputs_of(loaded, inputs), outputs_of(prepared.model, inputs))
@@ -228,4 +301,25 @@ def _small_copy(prepared: Prepared, pruner: Pruner) -> nn.Module:
         model = copy.deepcopy(prepared.model)
     finally:
         pruner.wrap_model()
+    if not masks:
+        return model
     return ModelSpeedup(model, prepared.example_inputs, masks, verify=False).speedup_model()
+
+
+def _rounds_of(pruner: Pruner) -> tuple[Round, ...]:
+    return tuple(pruner.rounds) if isinstance(pruner, ScheduledPruner) else ()
+
+
+def _cut_away(plan: Plan, small: nn.Module) -> list[Sparsity]:
+    """What was removed of each target of a plan, by the sizes of the model that was made small since."""
+    found: list[Sparsity] = []
+    for target in plan.targets:
+        if target.blocks is None or is_activation(target.config.target_name):
+            continue
+        left = small.get_submodule(target.config.module_name).get_parameter(target.config.target_name).shape
+        block = tuple(min(size, whole) for size, whole in zip(target.blocks.block, left, strict=True))
+        removed = target.blocks.count - Blocks(tuple(left), block).count
+        share = 1 - left.numel() / math.prod(target.blocks.shape)
+        asked = getattr(target.config.spec, "ratio", None)
+        found.append(Sparsity(target.name, asked, target.blocks.count, removed, share, target.frozen or ""))
+    return found

@@ -3,8 +3,10 @@
 model: my_package.models:trained_resnet      # a function without arguments
 data: my_package.data:cifar                  # returns an object with .train and .test (loaders)
 pruning:
-  pruner: L1NormPruner
+  pruner: TaylorPruner
+  arguments: {training_steps: 50}
   config_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]
+  schedule: {pruner: AGPPruner, total_times: 4, speedup: true}
 fine_tuning: {epochs: 3, optimizer: SGD, learning_rate: 0.01}
 output: {directory: runs/resnet, onnx: true}
 """
@@ -17,7 +19,7 @@ from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BeforeValidator, PlainSerializer, PlainValidator
+from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator
 
 from tersor.config import Entry, parse_config_list, read_config_file, values
 from tersor.config.specs import Parsed
@@ -32,6 +34,10 @@ def _part(cls: type[PartT]) -> BeforeValidator:
         return value if isinstance(value, cls) else cls.parse(value)
 
     return BeforeValidator(parse)
+
+
+def _optional_part(cls: type[PartT]) -> BeforeValidator:
+    return BeforeValidator(lambda value: value if value is None or isinstance(value, cls) else cls.parse(value))
 
 
 def _optional(check: Callable[[Any], Any]) -> BeforeValidator:
@@ -58,6 +64,16 @@ def _device(value: object) -> str:
 
 def _entries(value: Any) -> tuple[Entry, ...]:
     return parse_config_list(value, "pruning", where="")
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise InvalidValueError(f"{value!r} is no mapping of arguments.", legal=["{name: value, ...}"])
+    return dict(value)
+
+
+def _one_of(*legal: str) -> PlainValidator:
+    return PlainValidator(partial(values.choice, legal=legal))
 
 
 def _source(value: Any) -> ModelSource:
@@ -89,30 +105,76 @@ class ModelSource(Parsed):
     checkpoint: Annotated[str | None, _optional(_text)] = None
 
 
+class Schedule(Parsed):
+    """Pruning step by step, with a schedule over the pruner.
+
+    With ``interval_steps`` it is done within the fine-tuning; without, in rounds, each of which prunes, fine-tunes as
+    long as the recipe says, and evaluates. What is given here and not said to have a default is the class's own.
+
+    Attributes:
+        pruner: a schedule in `tersor.pruning`, or an import path.
+        total_times: how often is pruned.
+        interval_steps: optimizer steps between two prunings; None for rounds.
+        initial_ratio: of `AGPPruner`.
+        reset_weight: of `LotteryTicketPruner`.
+        rewind_steps: of `LotteryTicketPruner`.
+        speedup: whether the model is made small in each round, before it is fine-tuned.
+        best: which round's model is kept: the ``latest``, or that of the highest (``maximize``) or lowest metric.
+    """
+
+    pruner: Text = "AGPPruner"
+    total_times: Annotated[int, PlainValidator(partial(values.whole, kind="number of prunings", low=1))] = 10
+    interval_steps: Annotated[int | None, _optional(partial(values.whole, kind="number of steps", low=1))] = None
+    initial_ratio: Annotated[float | None, _optional(values.ratio)] = None
+    reset_weight: Annotated[bool | None, _optional(values.flag)] = None
+    rewind_steps: Annotated[int | None, _optional(partial(values.whole, kind="number of steps", low=0))] = None
+    speedup: Flag = False
+    best: Annotated[Literal["latest", "maximize", "minimize"], _one_of("latest", "maximize", "minimize")] = "latest"
+
+
 class Pruning(Parsed):
     """How the model is pruned.
 
     Attributes:
-        pruner: a class in `tersor.pruning`, or an import path.
+        pruner: a class in `tersor.pruning` (``tersor pruners`` lists them), or an import path.
+        arguments: of the pruner's constructor, by name.
         config_list: the list itself, or the path of a file that holds it.
+        calibration_batches: how many batches of the training data are given to a pruner that looks at the inputs of
+            layers; 8 where it is not said.
         dependency_groups: let layers whose channels are added or multiplied share one mask.
+        isomorphic_groups: then let layers that are built alike share their ratio.
+        schedule: prune step by step.
     """
 
     pruner: Text = "L1NormPruner"
+    arguments: Annotated[dict[str, Any], PlainValidator(_arguments)] = Field(default_factory=dict)
     config_list: Entries
+    calibration_batches: Annotated[int | None, _optional(partial(values.whole, kind="number of batches", low=1))] = None
     dependency_groups: Flag = True
+    isomorphic_groups: Flag = False
+    schedule: Annotated[Schedule | None, _optional_part(Schedule)] = None
 
 
-def _one_of(*legal: str) -> PlainValidator:
-    return PlainValidator(partial(values.choice, legal=legal))
+class Recovery(Parsed):
+    """Repairs without training, right after one-shot pruning.
+
+    Attributes:
+        batch_norm: measure the statistics of batch norms anew.
+        bias: give each output channel the mean back that it had.
+        batches: how many batches of the training data both look at.
+    """
+
+    batch_norm: Flag = True
+    bias: Flag = False
+    batches: Annotated[int, PlainValidator(partial(values.whole, kind="number of batches", low=1))] = 16
 
 
 class FineTuning(Parsed):
-    """How the masked model is trained.
+    """How the masked model is trained; in each round, where a schedule prunes in rounds.
 
     Attributes:
         epochs: passes over the training data; 0 leaves it out.
-        max_steps: at most so many optimizer steps in all.
+        max_steps: at most so many optimizer steps in all. Steps that a pruner watches or learns by come on top.
         optimizer: a class in `torch.optim`, or an import path.
         learning_rate: of the optimizer; the highest one of a schedule.
         schedule: how the learning rate goes over all steps: ``constant``, ``cosine`` (down to zero) or ``one_cycle``
@@ -139,7 +201,8 @@ class Output(Parsed):
     """What a run leaves behind.
 
     Attributes:
-        directory: where; made if missing.
+        directory: where; made if missing. While a schedule prunes in rounds, they are kept in ``rounds/``, and the same
+            command goes on after the last whole one if it was killed.
         checkpoint: the small model, as `tersor.load` reads it, in ``checkpoint/``; after each epoch and at the end.
         onnx: the small model as ``model.onnx``.
         report: the comparison as ``report.html``.
@@ -162,6 +225,7 @@ class Recipe(Parsed):
             ``(inputs, targets)`` (``test`` may be None), and if it likes ``example_input`` (else the inputs of the
             first batch) and ``metric(outputs, targets)`` (else the accuracy).
         pruning: how the model is pruned.
+        recovery: repairs without training, right after the pruning; None leaves them out.
         fine_tuning: how it is trained meanwhile.
         output: what the run leaves behind.
         seed: of all random numbers.
@@ -179,6 +243,7 @@ class Recipe(Parsed):
     model: Annotated[ModelSource, BeforeValidator(_source)]
     data: ImportPath
     pruning: Annotated[Pruning, _part(Pruning)]
+    recovery: Annotated[Recovery | None, _optional_part(Recovery)] = None
     fine_tuning: Annotated[FineTuning, _part(FineTuning)] = FineTuning()
     output: Annotated[Output, _part(Output)] = Output()
     seed: Annotated[int, PlainValidator(partial(values.whole, kind="seed", low=0))] = 0

@@ -32,8 +32,12 @@ class Stages:
         """One stage; what is noted inside stands on its line."""
         begun, notes = perf_counter(), list[str]()
         yield notes.append
-        self.seconds[name] = perf_counter() - begun
-        self.say(name, f"[dim]{self.seconds[name]:6.1f} s[/]  {escape(', '.join(notes))}")
+        self.over(name, perf_counter() - begun, ", ".join(notes))
+
+    def over(self, name: str, seconds: float, notes: str) -> None:
+        """A stage that was timed elsewhere is over."""
+        self.seconds[name] = seconds
+        self.say(name, f"[dim]{seconds:6.1f} s[/]  {escape(notes)}")
 
     def say(self, name: str, text: str) -> None:
         """One line."""
