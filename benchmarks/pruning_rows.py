@@ -133,7 +133,7 @@ def ours(
             else:
                 torch.manual_seed(task.seed)
                 pruner = once
-                pruner.prune(lambda *_: ratio)
+                pruner.prune(lambda asked, _, setting="", /: asked if setting == "max_sparse_ratio" else ratio)
             masks = pruner.get_masks()
             model = copy.deepcopy(pruner.unwrap_model())
             pruner.wrap_model()

@@ -335,3 +335,15 @@ class TestRefusals:
     def test_numbers_out_of_range(self, arguments, where):
         with pytest.raises(InvalidValueError, match=where):
             MovementPruner(Plain(), CONVS, None, *arguments)
+
+
+def test_the_greatest_ratio_holds_from_the_first_step():
+    """It is no part of the schedule: halfway, a global group may already take it all from one layer."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    asked = {"sparse_ratio": 0.5, "max_sparse_ratio": 0.5, "global_group_id": "all"}
+    pruner = MovementPruner(model, [{"op_names": ["0", "2"], **asked}], None, 0, 10)
+    target = pruner.plan.targets[0]
+    pruner._steps = 5
+    assert pruner._by_now(0.5, target, "max_sparse_ratio") == 0.5
+    assert pruner._by_now(0.5, target) == 0.5 * (1 - 0.5**3)
+    pruner.unwrap_model()

@@ -14,6 +14,7 @@ from tersor.config.parse import ConfigList
 from tersor.config.values import is_activation
 from tersor.errors import ConflictError, TrainingError
 from tersor.pruning.base import Pruner
+from tersor.pruning.decision import Setting
 from tersor.pruning.learned import Learned, Learner, put_on
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
@@ -136,7 +137,10 @@ class MovementPruner(Pruner):
         if self._steps == self.cooldown_begin_step:
             self.completes, self._decided = True, {}
         if self._steps > self.warmup_step:
-            self.prune(lambda asked, *_: asked * self._share)
+            self.prune(self._by_now)
+
+    def _by_now(self, asked: float, target: PlannedTarget, setting: Setting = "sparse_ratio", /) -> float:
+        return asked if setting == "max_sparse_ratio" else asked * self._share
 
     def on_finish(self) -> None:
         """Scores stay as they are.

@@ -143,17 +143,7 @@ class SlimPruner(LearningPruner):
             self._seen = {name: factor.detach().clone() for name, factor in self._factors().items()}
 
     def collect(self) -> dict[str, Tensor]:
-        """The factors as they were after the last step.
-
-        Raises:
-            TrainingError: none was learned yet.
-        """
-        if not self._seen:
-            raise TrainingError(
-                "the factors have not been learned yet, so all blocks are worth the same",
-                where="generate_masks",
-                remedy="Call compress(), or gather() first.",
-            )
+        """The factors as they were after the last step."""
         return self._seen
 
     def score(self, values: Tensor, blocks: Blocks) -> Tensor:
