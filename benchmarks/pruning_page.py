@@ -28,8 +28,8 @@ Two networks: the residual one of [examples/mnist.py](../examples/mnist.py), and
 ([benchmarks/digits.py](../benchmarks/digits.py)). Each pruner cuts all convolutions and linear layers but the
 classifier, at the smallest ratio that removes at least that share of the MACs; the small model is real. Rows without a
 remark remove the same share of each layer; *global* rows rank the channels of all layers together. NNI 3.0's rows are
-its masks, cut by Tersor's speedup, since its own fails on current PyTorch. What exactly was run, and how many MACs went,
-stands in the results.
+its masks, cut by Tersor's speedup, since its own fails on current PyTorch. What exactly was run, and how many MACs
+went, stands in the results.
 """
 FINE_TUNED = "Accuracy in percent after the same fine-tuning for all ({images:,} images once, AdamW, one cycle):"
 ONE_SHOT = "Before any fine-tuning:"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import random
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -14,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ from tersor.graph.coupling import Masks
 from tersor.pruning.base import Pruner
 from tersor.storage import replacing_file
 from tersor.targets.planned import PlannedTarget
+from tersor.training.random_state import random_state, set_random_state
 from tersor.training.ranks import is_first_process, mean_over_processes, of_each_process, process
 from tersor.training.snapshot import plain_name
 
@@ -129,7 +128,7 @@ class Rounds:
         self.done: list[Round] = []
         self._schedule, self._speedup, self._best = schedule, speedup, best
         self._file = None if log_dir is None else Path(log_dir) / "rounds.pt"
-        self._blocks = {target.name: _free(target) for target in schedule.plan.targets if target.decides}
+        self._blocks = {target.name: target.free for target in schedule.plan.targets if target.decides}
         self._cuts: list[Masks] = []
         self._kept: _Kept | None = None
         self._best_model: nn.Module | None = None
@@ -264,21 +263,18 @@ class Rounds:
         spec = target.config.spec
         group = spec.global_group_id if isinstance(spec, PruningSpec) else None
         now = {own.name: own for own in self._schedule.plan.targets if own.decides and own.name in self._blocks}
-        names = [
-            own.name for own in now.values() if group and getattr(own.config.spec, "global_group_id", None) == group
-        ]
-        names = names or [target.name]
+        groups = {name: getattr(own.config.spec, "global_group_id", None) for name, own in now.items()}
+        names = [name for name, own in groups.items() if group and own == group] or [target.name]
         weight = {name: blocks.block_numel if (blocks := now[name].blocks) is not None else 1 for name in names}
         before = sum(self._blocks[name] * weight[name] for name in names)
-        return sum(_free(now[name]) * weight[name] for name in names) / before
+        return sum(now[name].free * weight[name] for name in names) / before
 
     def _removed(self) -> float:
         """The share of all blocks that is masked or cut."""
         asked = sum(self._blocks.values())
         kept = sum(of.blocks - of.removed for of in self._schedule.sparsity() if of.target in self._blocks)
-        stays = sum(
-            t.blocks.count - _free(t) for t in self._schedule.plan.targets if t.name in self._blocks and t.blocks
-        )
+        targets = [target for target in self._schedule.plan.targets if target.name in self._blocks]
+        stays = sum(target.blocks.count - target.free for target in targets if target.blocks)
         return 1 - (kept - stays) / asked
 
     def _described(self, max_steps: int | None, max_epochs: int | None) -> dict[str, Any]:
@@ -297,7 +293,7 @@ class Rounds:
     def _save(self, described: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        random_states = of_each_process(_random_state())
+        random_states = of_each_process(random_state())
         if not is_first_process():
             return
         state = {
@@ -339,7 +335,7 @@ class Rounds:
             schedule.share()
         self._load(state["compressors"], state["model"])
         self._in_place = self._kept is not None and self._kept.number == len(self.done)
-        _set_random_state(state["random"][process() % len(state["random"])])
+        set_random_state(state["random"][process() % len(state["random"])])
 
 
 def _refuse_what_cannot_be_cut(schedule: Stepwise) -> None:
@@ -360,29 +356,3 @@ def _arguments(compressor: Compressor) -> dict[str, Any]:
     """The plain values that a compressor was made with."""
     own = {name: value for name, value in vars(compressor).items() if not name.startswith("_")}
     return {name: value for name, value in own.items() if isinstance(value, (bool, int, float, str, type(None)))}
-
-
-def _free(target: PlannedTarget) -> int:
-    """How many of a target's blocks can leave."""
-    assert target.blocks is not None
-    return target.blocks.count if target.stays is None else int((~target.stays).sum())
-
-
-def _random_state() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), *(float(of) for of in rest)),
-        "python": random.getstate(),
-    }
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))

@@ -63,6 +63,13 @@ class PlannedTarget:
         return self.why if self.stays is None else None
 
     @property
+    def free(self) -> int:
+        """How many of its blocks can leave."""
+        if self.blocks is None or self.frozen is not None:
+            return 0
+        return self.blocks.count if self.stays is None else int((~self.stays).sum())
+
+    @property
     def parts(self) -> int:
         """The number of equal parts of its blocks of which each loses equally many."""
         if self.banks is not None:
