@@ -113,7 +113,7 @@ class TestLoopsOfOnesOwn:
         pruner = pruner_class(model, config_list, training_steps=3, example_inputs=X[:2], **kwargs)
         pruner.start()
         loop(model, pruner, DATA[:2], torch.optim.SGD(model.parameters(), lr=0.01))
-        with pytest.raises(TrainingError, match="finish: it ended after 2 of 3 steps"):
+        with pytest.raises(TrainingError, match="finish: the training ended after 2 of 3 steps"):
             pruner.finish()
         pruner.unwrap_model()
 

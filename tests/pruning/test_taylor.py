@@ -114,7 +114,7 @@ class TestRefusals:
         evaluator = evaluator_of(model)
         evaluator._training_func = one_step
         pruner = TaylorPruner(model, CONFIG, evaluator, 3)
-        with pytest.raises(TrainingError, match="after 1 of 3 steps"):
+        with pytest.raises(TrainingError, match="training ended after 1 of 3 steps"):
             pruner.compress()
         assert pruner.get_masks() == {}
         pruner.unwrap_model()

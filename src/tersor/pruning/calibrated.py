@@ -57,7 +57,7 @@ class CalibratedPruner(Pruner):
         config_list: ConfigList,
         evaluator: Evaluator | None = None,
         *,
-        calibration: Iterable[Any],
+        calibration: Iterable[Any] | None = None,
         example_inputs: Any = None,
         previous: Compressor | None = None,
     ) -> None:
@@ -141,14 +141,14 @@ class CalibratedPruner(Pruner):
         super()._wrap_targets()
 
 
-def check_calibration(calibration: Iterable[Any]) -> list[Any]:
+def check_calibration(calibration: Iterable[Any] | None) -> list[Any]:
     """Calibration batches as a list.
 
     Raises:
         InvalidValueError: it is no iterable, or empty.
     """
     try:
-        batches = list(calibration)
+        batches = [] if calibration is None else list(calibration)
     except TypeError:
         batches = []
     if not batches:

@@ -236,9 +236,11 @@ class LearningPruner(Pruner):
 
     def _ended_too_soon(self, where: str) -> TrainingError:
         return TrainingError(
-            f"it ended after {self._watched} of {self.watched_steps} steps, over which scores are collected",
+            f"the training ended after {self._watched} of {self.watched_steps} steps, over which scores are collected",
             where=where,
-            remedy="Lower training_steps, or train for longer.",
+            remedy="Give an evaluator, or train for so long between start() and finish()."
+            if where == "finish"
+            else "Lower training_steps, or let the function train until max_steps.",
         )
 
 

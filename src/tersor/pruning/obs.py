@@ -65,7 +65,7 @@ class OBSPruner(Pruner):
         config_list: ConfigList,
         evaluator: Evaluator | None = None,
         *,
-        calibration: Iterable[Any],
+        calibration: Iterable[Any] | None = None,
         damping: float = 0.01,
         example_inputs: Any = None,
         previous: Compressor | None = None,

@@ -58,7 +58,7 @@ class SparseGPTPruner(CalibratedPruner):
         config_list: ConfigList,
         evaluator: Evaluator | None = None,
         *,
-        calibration: Iterable[Any],
+        calibration: Iterable[Any] | None = None,
         block_size: int = 128,
         damping: float = 0.01,
         example_inputs: Any = None,
