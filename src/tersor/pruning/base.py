@@ -6,6 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from tersor.graph.coupling import Masks
 from tersor.pruning.align import align, expanded
 from tersor.pruning.decision import RatioNow, as_asked, decide, masks_of_neighbours
 from tersor.pruning.equivalent import masks_of_weights
+from tersor.pruning.on_demand import OnDemand
 from tersor.pruning.sparsity import Sparsity, measure_sparsity
 from tersor.storage import load_masks
 from tersor.targets.activations import values_at
@@ -70,21 +72,20 @@ class Pruner(Compressor):
         passed = values_at(self.model, self.example_inputs, activations) if activations else {}
         return {t.name: passed[t.place] if t.place in passed else self._latent(t) for t in self._scored()}
 
-    def importance(self) -> dict[str, Tensor]:
+    def importance(self) -> Mapping[str, Tensor]:
         """One score for each block of each target, by its name: :meth:`collect`, then :meth:`score`.
 
-        Overridden where targets are not scored one by one.
+        They are computed one target at a time, when they are looked at. Overridden where targets are not scored one by
+        one.
         """
         collected = self.collect()
-        scores: dict[str, Tensor] = {}
-        for target in self._scored():
-            assert target.blocks is not None
-            values = collected[target.name]
-            blocks = target.blocks
-            if is_activation(target.config.target_name):  # its values may be those of several samples
-                blocks = blocks.of(values.shape)
-            scores[target.name] = self.score(values, blocks)
-        return scores
+        return OnDemand({t.name: partial(self._score_of, t, collected[t.name]) for t in self._scored()})
+
+    def _score_of(self, target: PlannedTarget, values: Tensor) -> Tensor:
+        assert target.blocks is not None
+        # The values of an input or output may be those of several samples.
+        own = target.blocks.of(values.shape) if is_activation(target.config.target_name) else target.blocks
+        return self.score(values, own)
 
     def gather(self) -> None:
         """Train for as long as the scores need it; a schedule calls it before each of its rounds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -51,22 +51,32 @@ def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor], ratio_now: Rat
         ConfigError: see :func:`tersor.pruning.allocation.allocate`.
         EmptyLayerError: all choices of a set would be removed.
     """
-    requests: list[Request] = []
     named: set[str] = set()
+    together: list[Request] = []  # global groups share budgets; all else is decided set by set
+    kept: dict[Hashable, Tensor] = {}
     for parts in sets:
         _check_order(parts)
         group = _group(parts, named)
         blocks = sum(part.width for part in parts)
         # Allocation takes the mean over targets: the factor makes it one over blocks.
-        requests += [_request(part, scores[str(part)], len(parts) / blocks, group, ratio_now) for part in parts]
-    kept = allocate(requests)
-    keep = {name: torch.ones(own.numel(), dtype=torch.bool, device=own.device) for name, own in scores.items()}
-    for parts in sets:
-        for part in parts:
-            if part.blocks is None:
-                keep[str(part)][_order(part, kept[part].device)] = kept[part].flatten()
-            else:
-                keep[str(part)][torch.from_numpy(part.blocks).to(kept[part].device)] = kept[part][:, None]
+        requests = [_request(part, scores[str(part)], len(parts) / blocks, group, ratio_now) for part in parts]
+        if any(request.global_group is not None for request in requests):
+            together += requests
+        else:
+            kept.update(allocate(requests))
+    kept.update(allocate(together))
+    keep: dict[str, Tensor] = {}
+    for part in (part for parts in sets for part in parts):
+        assert part.target.blocks is not None
+        lives = kept[part]
+        all_live = torch.ones(part.target.blocks.count, dtype=torch.bool, device=lives.device)
+        own = keep.setdefault(str(part), all_live)
+        if part.blocks is None:
+            own[_order(part, lives.device)] = lives.flatten()
+        else:
+            own[torch.from_numpy(part.blocks).to(lives.device)] = lives[:, None]
+    for name in set(scores) - set(keep):
+        keep[name] = torch.ones(scores[name].numel(), dtype=torch.bool, device=scores[name].device)
     return keep
 
 

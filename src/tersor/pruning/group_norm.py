@@ -85,7 +85,7 @@ class GroupNormPruner(Pruner):
 
     def importance(self) -> dict[str, Tensor]:
         """The score of each block is its choice's; a block that is in none, and so stays, has its own norm."""
-        scores = super().importance()
+        scores = dict(super().importance())
         for parts in choices(self.plan.targets):
             worth = self._norms(parts, scores)
             if self.normalize == "mean" and bool(worth.any()):

@@ -93,7 +93,7 @@ class OBSPruner(Pruner):
 
     def importance(self) -> dict[str, Tensor]:
         """Each block's score is its choice's cost."""
-        scores = super().importance()
+        scores = dict(super().importance())
         for parts in choices(self.plan.targets):
             worth = self._costs(parts)
             for part in parts:

@@ -53,7 +53,7 @@ class RandomPruner(Pruner):
     def importance(self) -> dict[str, Tensor]:
         """Uniform scores, drawn anew from the seed for all targets in their order."""
         self._generator.manual_seed(self.seed)
-        return super().importance()
+        return dict(super().importance())
 
     def score(self, values: Tensor, blocks: Blocks) -> Tensor:
         """Uniform in [0, 1)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -261,7 +261,7 @@ class ScheduledPruner(Stepwise):
         """The pruner's."""
         return self.pruner.score(values, blocks)
 
-    def importance(self) -> dict[str, Tensor]:
+    def importance(self) -> Mapping[str, Tensor]:
         """The pruner's."""
         return self.pruner.importance()
 
