@@ -89,6 +89,7 @@ def ours(
     *,
     together: bool = False,
     isomorphic: bool = False,
+    relative: bool = True,
     calibrated: bool = False,
     norms: bool = False,
     steps: int | None = None,
@@ -102,6 +103,7 @@ def ours(
         pruner_class: the class.
         together: rank the channels of all layers in one global group; otherwise each layer loses the same share.
         isomorphic: rank the channels of layers that are built alike together.
+        relative: such a ranking is one of scores relative to their layer's mean; else of the scores as they are.
         calibrated: it takes ``calibration``.
         norms: decide on the scales of batch norms, where the network has any.
         steps: the length of training that ``compress`` is given; None for none.
@@ -115,7 +117,9 @@ def ours(
             model = task.copy()
             pruner = pruner_class(
                 model,
-                _config_list(model, task, ratio, together=together, isomorphic=isomorphic, norms=norms),
+                _config_list(
+                    model, task, ratio, together=together, isomorphic=isomorphic, relative=relative, norms=norms
+                ),
                 _evaluator(model, task.data.train),
                 example_inputs=task.example,
                 **options,
@@ -142,11 +146,10 @@ def ours(
         return cut
 
     named = "".join(f", {name}={value!r}" for name, value in options.items())
-    says = f"tersor {getattr(pruner_class, '__name__', pruner_class)}{named}; " + (
-        f"{'isomorphic' if isomorphic else 'global'} ranking, relative to layer means; at most {MOST:.0%} of a layer"
-        if together or isomorphic
-        else "the same ratio in each layer"
-    )
+    ranking = "isomorphic" if isomorphic else "global" if together else ""
+    shares = f"{ranking} ranking{', relative to layer means' if relative else ''}; at most {MOST:.0%} of a layer"
+    says = f"tersor {getattr(pruner_class, '__name__', pruner_class)}{named}; "
+    says += shares if ranking else "the same ratio in each layer"
     says += f"; {LOOKS} calibration batches" if calibrated else ""
     says += "" if steps is None else f"; {steps} training steps"
     uniform = not (together or isomorphic)
@@ -154,13 +157,13 @@ def ours(
 
 
 def _config_list(
-    model: nn.Module, task: Task, ratio: float, *, together: bool, isomorphic: bool, norms: bool
+    model: nn.Module, task: Task, ratio: float, *, together: bool, isomorphic: bool, relative: bool, norms: bool
 ) -> list[Any]:
     """All convolutions and linear layers but the classifier; what is added or concatenated is decided as one."""
     norms = norms and any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     asked: dict[str, Any] = {"op_types": ["BatchNorm2d"] if norms else ["Conv2d", "Linear"], "sparse_ratio": ratio}
     if together or isomorphic:
-        asked |= {"max_sparse_ratio": MOST, "global_normalize": "mean"}
+        asked |= {"max_sparse_ratio": MOST, **({"global_normalize": "mean"} if relative else {})}
     if together:
         asked |= {"global_group_id": "all"}
     config_list = [asked] if norms else [asked, {"op_names": [task.classifier], "exclude": True}]
@@ -191,6 +194,7 @@ PRUNERS: dict[str, Method] = {
     "L1, global": ours(L1NormPruner, together=True),
     "L2, global": ours(L2NormPruner, together=True),
     "Taylor, global": ours(TaylorPruner, together=True, training_steps=LOOKS),
+    "OBS, global": ours(OBSPruner, together=True, relative=False, anew=True, calibrated=True),
     "Group norm, global": ours(GroupNormPruner, together=True),
     "Group norm, isomorphic": ours(GroupNormPruner, isomorphic=True),
 }
