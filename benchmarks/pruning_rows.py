@@ -150,6 +150,7 @@ def ours(
     shares = f"{ranking} ranking{', relative to layer means' if relative else ''}; at most {MOST:.0%} of a layer"
     says = f"tersor {getattr(pruner_class, '__name__', pruner_class)}{named}; "
     says += shares if ranking else "the same ratio in each layer"
+    says += "; by the scales of batch norms, where there are any" if norms else ""
     says += f"; {LOOKS} calibration batches" if calibrated else ""
     says += "" if steps is None else f"; {steps} training steps"
     uniform = not (together or isomorphic)
