@@ -1,4 +1,5 @@
 # make quickstart   compress a real network on real data (under 4 minutes on 2 cores)
+# make examples     the other examples, on part of the data (under a minute)
 # make test         linters, types, layers, and the whole test suite
 # make benchmarks   every figure in the README but the quickstart's (about 10 minutes)
 # make zoo          every architecture of tests/zoo (about 30 minutes on 2 cores), and the page docs/zoo.md
@@ -11,10 +12,13 @@ BIN := .venv/bin
 # The environment variable, unlike pip's -c, also holds for what builds the package.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: quickstart test benchmarks zoo pruning properties clean
+.PHONY: quickstart examples test benchmarks zoo pruning properties clean
 
 quickstart: .venv/examples.stamp
 	$(BIN)/python examples/01_quickstart.py
+
+examples: .venv/examples.stamp
+	$(BIN)/python examples/02_schedule.py --images 5000
 
 test: .venv/dev.stamp
 	$(BIN)/ruff check .
