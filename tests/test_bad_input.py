@@ -195,7 +195,12 @@ CONFIG = [
         "twice",
     ),
     ("target that is not there", entry(target_names=["wieght"]), UnmatchedError, "'wieght'.*Did you mean 'weight'"),
-    ("input with a ratio", entry(target_names=["_input_"]), ConflictError, r"conv1\._input_0.*Set align"),
+    (
+        "input without a ratio",
+        entry(target_names=["_input_"], sparse_ratio=None),
+        ConflictError,
+        r"conv1\._input_0.*neither a ratio.*Set align",
+    ),
     (
         "key that no target owns",
         entry(target_names=["bias"]),

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from tersor.errors import EmptyLayerError
 from tersor.pruning import Pruner
+from tersor.pruning.decision import as_asked
 from tersor.pruning.learning import LearningPruner
 from tersor.testing import PrunerTestCase
 from tersor.testing import pruner as suite_module
@@ -39,8 +40,8 @@ class DrawsAnew(SquarePruner):
 
 
 class RemovesLess(SquarePruner):
-    def prune(self, ratio_now=lambda asked, target: asked):
-        super().prune(lambda asked, target: 0.6 * ratio_now(asked, target))
+    def prune(self, ratio_now=as_asked):
+        super().prune(lambda *setting: 0.6 * ratio_now(*setting))
 
 
 class RemovesAllAtOnce(SquarePruner):
@@ -163,7 +164,7 @@ class MasksLittle(SquarePruner):
 
 
 class PassesOverWhatItCannotDo(SquarePruner):
-    def prune(self, ratio_now=lambda asked, target: asked):
+    def prune(self, ratio_now=as_asked):
         with contextlib.suppress(EmptyLayerError):
             super().prune(ratio_now)
 
