@@ -292,15 +292,15 @@ def test_bounds_thresholds_and_budgets_count_heads(setting, heads):
 
 
 def test_a_budget_weighs_choices_by_what_leaves_with_them():
-    """Of 8 heads of 3 * 4 rows and 8 units of 2, a quarter of the elements is 336: two heads, and two units."""
+    """Of 8 heads of 3 * 4 rows and 8 units of 2, a quarter of the elements is 336: two heads, and no third one."""
     model = randomize(nn.Sequential(Grouped(), Gated()))
     with torch.no_grad():
         for name in "qkv":
             getattr(model[0], name).weight.mul_(0.01)
     given = [{"op_names": ["0.q", "0.k", "0.v", "1.up"], "sparse_ratio": 0.25, "global_group_id": "all"}]
     masks, small, sparsity = pruned(model, given)
-    assert [int((~kept(masks, name)).sum()) for name in ("0.q", "0.k", "0.v", "1.up")] == [8, 8, 8, 4]
-    assert (small[0].proj.in_features, small[1].down.in_features) == (24, 6)
+    assert [int((~kept(masks, name)).sum()) for name in ("0.q", "0.k", "0.v", "1.up")] == [8, 8, 8, 0]
+    assert (small[0].proj.in_features, small[1].down.in_features) == (24, 8)
     assert not any(target.reason for target in sparsity.values())
 
 

@@ -161,9 +161,12 @@ def greedy(units, ratio):
     blocks = sorted((score, number, index) for number, unit in enumerate(units) for index, score in enumerate(unit[0]))
     for _, number, index in blocks:
         _, weight, _, greatest = units[number]
-        if index not in gone[number] and weight <= budget and len(gone[number]) < greatest:
-            gone[number].add(index)
-            budget -= weight
+        if index in gone[number] or len(gone[number]) >= greatest:
+            continue
+        if weight > budget:
+            break
+        gone[number].add(index)
+        budget -= weight
     return gone
 
 

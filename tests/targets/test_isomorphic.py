@@ -130,7 +130,7 @@ def test_together_with_group_norms():
     assert removed["first.fc1.weight"] + removed["second.fc1.weight"] == 10
     heads = [removed[f"{block}.q.weight"] for block in ("first", "second")]
     # Heads of 2 * 6 * 3 and 4 * 6 * 3 elements: half of all is 4.5 of the lighter ones.
-    assert 2 * heads[1] + heads[0] == 4
+    assert 4.5 - 2 < 2 * heads[1] + heads[0] <= 4.5
     assert removed["first.k.weight"] == heads[0]
 
 

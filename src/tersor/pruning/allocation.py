@@ -11,9 +11,9 @@ All that is decided here is *how many* blocks each target loses; they are those 
   many blocks: ratios and thresholds count in one part.
 - A **global group** removes ``floor(r * elements + 1e-6)`` elements from all of its units together, the lowest scores
   first. Each unit stays within its least and greatest ratio and keeps at least one block of every part, whatever the
-  ratio. Where units weigh differently (a filter of one layer has more elements than one of another), a block that is
-  heavier than what is left to remove is passed over and lighter ones are taken: in the end less is missing than the
-  lightest block that could still go.
+  ratio. Where units weigh differently (a filter of one layer has more elements than one of another), it ends at the
+  first block that is heavier than what is left to remove. Lighter ones of a higher score are not taken in its place:
+  to make up for one filter of a wide layer, a narrow layer would lose all of its own.
 - Greatest ratios may forbid what a global ratio asks for, and least ratios may ask for more. Then they win, and
   `allocate` returns what is possible: whoever reports compares the masks with the ratio.
 
@@ -264,7 +264,7 @@ def _ranked(unit: _Unit) -> Tensor:
 
 
 def _cheapest(scores: Tensor, lengths: Sequence[int], weights: Sequence[int], budget: int) -> Tensor:
-    """A bool mask of the lowest scores whose weights fit into the budget.
+    """A bool mask of the lowest scores, as many as fit into the budget together.
 
     Args:
         scores: the candidates of all units, one unit after the other.
@@ -276,16 +276,9 @@ def _cheapest(scores: Tensor, lengths: Sequence[int], weights: Sequence[int], bu
         count = min(max(budget, 0) // weights[0], len(scores))
         return _lowest(scores.view(1, -1), count).view(-1)
     weight = torch.tensor(weights, device=scores.device).repeat_interleave(torch.tensor(lengths, device=scores.device))
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
     order = scores.argsort(stable=True)
-    # Each round takes the longest prefix that fits. What ended it stays too heavy, so there are no more rounds than
-    # distinct weights.
-    while len(order := order[weight[order] <= budget]):
-        spent = weight[order].cumsum(0)
-        fitting = int((spent <= budget).sum())
-        chosen[order[:fitting]] = True
-        budget -= int(spent[fitting - 1])
-        order = order[fitting:]
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen[order[: int((weight[order].cumsum(0) <= budget).sum())]] = True
     return chosen
 
 
