@@ -68,7 +68,7 @@ def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor], ratio_now: Rat
     keep: dict[str, Tensor] = {}
     for part in (part for parts in sets for part in parts):
         assert part.target.blocks is not None
-        lives = kept[part]
+        lives = kept.pop(part)
         all_live = torch.ones(part.target.blocks.count, dtype=torch.bool, device=lives.device)
         own = keep.setdefault(str(part), all_live)
         if part.blocks is None:
