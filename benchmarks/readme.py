@@ -57,16 +57,16 @@ def pruners() -> str:
             if row["network"] == network and share in row["points"]:
                 found.setdefault(row["method"], []).append(row["points"][share]["accuracy_before_fine_tuning"])
         theirs = max(statistics.mean(found[name]) for name in found if name.startswith(("Torch-Pruning", "NNI")))
-        best.append(f"{statistics.mean(found['OBS']):.1%} ({network}; best of Torch-Pruning and NNI {theirs:.1%})")
+        best.append(f"{statistics.mean(found['OBS']):.1%} on {network} (best of Torch-Pruning and NNI: {theirs:.1%})")
     perplexity: dict[str | None, list[float]] = {}
     for row in results("pruning_language")["rows"]:
         if row["model"] == "smollm2" and row["pattern"] in (None, "50 %"):
             perplexity.setdefault(row["method"], []).append(row["figures"]["perplexity"])
-    words = [f"{name} {statistics.mean(values):.1f}" for name, values in perplexity.items() if name]
+    words = [f"{statistics.mean(values):.1f} ({name})" for name, values in perplexity.items() if name]
     return (
-        f"Without any training, 80% of the MACs of two networks for MNIST removed, `OBSPruner` keeps {' and '.join(best)};"
-        f" with half of its weights gone, SmolLM2-135M's perplexity goes from {perplexity[None][0]:.1f} to"
-        f" {', '.join(words)}. Every pruner beside its peers, before and after fine-tuning:"
+        "With 80% of the MACs of two networks for MNIST removed, and without any training, `OBSPruner` keeps an accuracy"
+        f" of {' and '.join(best)}; with half of its weights gone, SmolLM2-135M's perplexity goes from"
+        f" {perplexity[None][0]:.1f} to {', '.join(words)}. Every pruner beside its peers, before and after fine-tuning:"
         " [docs/pruning.md](docs/pruning.md)."
     )
 
