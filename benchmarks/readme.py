@@ -64,10 +64,10 @@ def pruners() -> str:
             perplexity.setdefault(row["method"], []).append(row["figures"]["perplexity"])
     words = [f"{statistics.mean(values):.1f} ({name})" for name, values in perplexity.items() if name]
     return (
-        "With 80% of the MACs of two networks for MNIST removed, and without any training, `OBSPruner` keeps an accuracy"
-        f" of {' and '.join(best)}; with half of its weights gone, SmolLM2-135M's perplexity goes from"
-        f" {perplexity[None][0]:.1f} to {', '.join(words)}. Every pruner beside its peers, before and after fine-tuning:"
-        " [docs/pruning.md](docs/pruning.md)."
+        "With 80% of the MACs of two networks for MNIST removed, and without any training, `OBSPruner` keeps an"
+        f" accuracy of {' and '.join(best)}; with half of its weights gone, SmolLM2-135M's perplexity goes from"
+        f" {perplexity[None][0]:.1f} to {', '.join(words)}. Every pruner beside its peers, before and after"
+        " fine-tuning: [docs/pruning.md](docs/pruning.md)."
     )
 
 
