@@ -121,3 +121,10 @@ def test_only_the_dimension_of_wide_blocks_is_repeated():
     compact = Blocks((8, 6, 5), (2, 6, 5)).expand_compact(torch.arange(4.0))
     assert compact.shape == (8, 1, 1)
     assert compact.flatten().tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("block", [(1, 4), (2, 6), (4, 1), (1, 1), (4, 12)])
+def test_join_is_the_inverse_of_split(block):
+    blocks, x = Blocks((4, 12), block), torch.arange(48.0).view(4, 12)
+    assert torch.equal(blocks.join(blocks.split(x)), x)
+    assert torch.equal(blocks.join(blocks.split(x).flatten()), x)

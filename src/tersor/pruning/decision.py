@@ -72,7 +72,8 @@ def decide(sets: Sequence[Choices], scores: Mapping[str, Tensor], ratio_now: Rat
         all_live = torch.ones(part.target.blocks.count, dtype=torch.bool, device=lives.device)
         own = keep.setdefault(str(part), all_live)
         if part.blocks is None:
-            own[_order(part, lives.device)] = lives.flatten()
+            banks = part.target.banks
+            own.copy_((lives if banks is None else banks.join(lives)).flatten())
         else:
             own[torch.from_numpy(part.blocks).to(lives.device)] = lives[:, None]
     for name in set(scores) - set(keep):

@@ -162,6 +162,18 @@ class Blocks:
         across = tuple(range(0, 2 * len(self.shape), 2))
         return self.tiles(x).permute(across + self.inside).reshape(*self.grid, self.block_numel)
 
+    def join(self, rows: Tensor) -> Tensor:
+        """The inverse of `split`: a new tensor of the whole shape.
+
+        Args:
+            rows: the elements of each block in a row, with as many elements as the tensor, in any shape.
+        """
+        whole = rows.new_empty(self.shape)
+        across = tuple(range(0, 2 * len(self.shape), 2))
+        view = self.tiles(whole).permute(across + self.inside)
+        view.copy_(rows.reshape(view.shape))
+        return whole
+
     def expand_compact(self, grid: Tensor) -> Tensor:
         """One value per block, in a shape that broadcasts to the tensor's.
 
