@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal, Protocol
 
@@ -127,7 +126,12 @@ def _check_order(parts: Choices) -> None:
     """Refuse parts that are cut into banks in different orders: block i of one would not leave with block i of all."""
     if len(parts) == 1 or parts[0].blocks is not None or all(part.target.banks is None for part in parts):
         return
-    first, *others = (torch.arange(part.count)[_order(part, torch.device("cpu"))] for part in parts)
+    positions = (torch.arange(part.count) for part in parts)
+    banks = (part.target.banks for part in parts)
+    first, *others = (
+        own if cut is None else cut.split(own.view(cut.shape)).flatten()
+        for own, cut in zip(positions, banks, strict=True)
+    )
     if any(not torch.equal(first, other) for other in others):
         raise ConflictError(
             "the targets of a dependency group share one mask, and these are not balanced alike",
@@ -168,11 +172,3 @@ def _request(part: Part, scores: Tensor, factor: float, group: str | None, ratio
         dependency_group=group,
         internal_block=part.target.parts,
     )
-
-
-def _order(part: Part, device: torch.device) -> Tensor | slice:
-    """Where the blocks stand in the grid, in the order in which they were requested."""
-    banks = part.target.banks
-    if banks is None:
-        return slice(None)
-    return banks.split(torch.arange(math.prod(banks.shape), device=device).view(banks.shape)).flatten()

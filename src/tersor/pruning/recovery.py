@@ -24,7 +24,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
@@ -35,6 +35,7 @@ from tersor.graph.inputs import evaluating
 from tersor.targets.channels import activation_channel_dim
 from tersor.training.batches import take_apart, to_device
 from tersor.training.loops import device_of
+from tersor.training.ranks import of_each_process
 from tersor.wrapping.stack import Mask, Stage, TargetStack, multiply
 from tersor.wrapping.wrapper import Wrapper
 
@@ -346,7 +347,7 @@ def _run(model: nn.Module, batch: Any) -> None:
 
 def _some(batch_count: int) -> int:
     """The number of batches of all processes; refused where there is none."""
-    total = sum(_of_all_processes(batch_count))
+    total = sum(of_each_process(batch_count))
     if not total:
         raise InvalidValueError("there is no batch", where="batches", remedy="Give at least one.")
     return total
@@ -356,16 +357,7 @@ def _pooled(moments: Mapping[str, Moments]) -> dict[str, Moments]:
     """The moments over the values of all processes, in main memory."""
     mine = {name: Moments(found.count, found.mean.cpu(), found.squares.cpu()) for name, found in moments.items()}
     pooled: dict[str, Moments] = {}
-    for others in _of_all_processes(mine):
+    for others in of_each_process(mine):
         for name, found in others.items():
             _add(pooled, name, found)
     return pooled
-
-
-def _of_all_processes(value: Any) -> list[Any]:
-    """What each process has, in the order of their ranks; the value alone where there is only one."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    gathered: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, value)
-    return gathered

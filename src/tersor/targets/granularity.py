@@ -159,8 +159,7 @@ class Blocks:
 
     def split(self, x: Tensor) -> Tensor:
         """The elements of each block in a row: shape (*grid, block_numel); a view where the memory layout allows it."""
-        across = tuple(range(0, 2 * len(self.shape), 2))
-        return self.tiles(x).permute(across + self.inside).reshape(*self.grid, self.block_numel)
+        return self._by_block(x).reshape(*self.grid, self.block_numel)
 
     def join(self, rows: Tensor) -> Tensor:
         """The inverse of `split`: a new tensor of the whole shape.
@@ -169,10 +168,14 @@ class Blocks:
             rows: the elements of each block in a row, with as many elements as the tensor, in any shape.
         """
         whole = rows.new_empty(self.shape)
-        across = tuple(range(0, 2 * len(self.shape), 2))
-        view = self.tiles(whole).permute(across + self.inside)
+        view = self._by_block(whole)
         view.copy_(rows.reshape(view.shape))
         return whole
+
+    def _by_block(self, x: Tensor) -> Tensor:
+        """A view of shape (*grid, *block)."""
+        across = tuple(range(0, 2 * len(self.shape), 2))
+        return self.tiles(x).permute(across + self.inside)
 
     def expand_compact(self, grid: Tensor) -> Tensor:
         """One value per block, in a shape that broadcasts to the tensor's.
