@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tersor.errors import InvalidValueError, MaskError, NumericalError
-from tersor.pruning.layer_inputs import SecondMoment
 from tersor.pruning.reconstruction import bias_shift, greedy_removal, group_saliency, reconstruct
+from tersor.training.layer_inputs import SecondMoment
 
 GROUPS = torch.tensor([0, 0, 1, 2, 2, 2, 3, 1, 4])
 

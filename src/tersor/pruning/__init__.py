@@ -15,11 +15,11 @@ from tersor.pruning.norm import L1NormPruner as L1NormPruner
 from tersor.pruning.norm import L2NormPruner as L2NormPruner
 from tersor.pruning.obs import OBSPruner as OBSPruner
 from tersor.pruning.random import RandomPruner as RandomPruner
-from tersor.pruning.recovery import correct_bias as correct_bias
-from tersor.pruning.recovery import reestimate_batch_norm as reestimate_batch_norm
 from tersor.pruning.rounds import Round as Round
 from tersor.pruning.slim import SlimPruner as SlimPruner
 from tersor.pruning.sparsegpt import SparseGPTPruner as SparseGPTPruner
 from tersor.pruning.sparsity import Sparsity as Sparsity
 from tersor.pruning.taylor import TaylorPruner as TaylorPruner
 from tersor.pruning.wanda import WandaPruner as WandaPruner
+from tersor.training.recovery import correct_bias as correct_bias
+from tersor.training.recovery import reestimate_batch_norm as reestimate_batch_norm

@@ -15,9 +15,9 @@ from tersor.config.parse import ConfigList
 from tersor.errors import ConflictError, EmptyLayerError, InvalidValueError
 from tersor.pruning.base import Pruner
 from tersor.pruning.decision import RatioNow, as_asked
-from tersor.pruning.layer_inputs import unfold_inputs, weight_rows
 from tersor.targets.planned import ELEMENTS, PlannedTarget
 from tersor.training import Evaluator
+from tersor.training.layer_inputs import unfold_inputs, weight_rows
 from tersor.training.ranks import of_first_process
 from tersor.training.stages import stages
 

@@ -15,10 +15,10 @@ from tersor.config.values import is_activation
 from tersor.errors import ConflictError, TrainingError
 from tersor.pruning.base import Pruner
 from tersor.pruning.decision import Setting
-from tersor.pruning.learned import Learned, Learner, put_on
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
+from tersor.training.learned import Learned, Learner, put_on
 from tersor.wrapping import Mask
 
 

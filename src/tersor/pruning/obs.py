@@ -17,12 +17,12 @@ from tersor.graph.coupling import Coupling
 from tersor.pruning.base import Pruner
 from tersor.pruning.calibrated import check_calibration
 from tersor.pruning.decision import RatioNow, as_asked
-from tersor.pruning.layer_inputs import SecondMoment, from_rows, unfold_inputs, weight_rows
 from tersor.pruning.reconstruction import bias_shift, greedy_removal, reconstruct
 from tersor.pruning.scores import block_norm
 from tersor.targets.choices import Choices, choices
 from tersor.targets.granularity import Blocks
 from tersor.training import Evaluator
+from tersor.training.layer_inputs import SecondMoment, from_rows, unfold_inputs, weight_rows
 from tersor.training.ranks import sum_over_processes
 from tersor.training.stages import stages
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tersor.errors import InvalidValueError, MaskError
-from tersor.pruning.second_order import computable, damped_cholesky, damped_inverse
+from tersor.training.damping import computable, damped_cholesky, damped_inverse
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def group_saliency(
         rows: weights, shape (rows, columns).
         moment: second moment (or covariance) of the inputs, shape (columns, columns).
         group_of_column: the number of each column's group, from 0 without gaps; -1 where a column always stays.
-        damping: see :func:`tersor.pruning.second_order.damped_inverse`.
+        damping: see :func:`tersor.training.damping.damped_inverse`.
         where: the name of the layer, for messages.
 
     Returns:
@@ -75,7 +75,7 @@ def greedy_removal(
         moment: second moment (or covariance) of the inputs, shape (columns, columns).
         group_of_column: as in :func:`group_saliency`.
         count: how many groups to remove.
-        damping: see :func:`tersor.pruning.second_order.damped_inverse`.
+        damping: see :func:`tersor.training.damping.damped_inverse`.
         where: the name of the layer, for messages.
 
     Returns:
@@ -138,7 +138,7 @@ def reconstruct(
         keep_columns: bool of shape (columns,), True stays.
         cross: second moment (or covariance) of the inputs in the original model with those that ``moment`` is of, where
             pruned layers before this one have changed them; of the same shape.
-        damping: see :func:`tersor.pruning.second_order.damped_inverse`; the mean is over the columns that stay.
+        damping: see :func:`tersor.training.damping.damped_inverse`; the mean is over the columns that stay.
         where: the name of the layer, for messages.
 
     Returns:

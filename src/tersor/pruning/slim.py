@@ -14,12 +14,12 @@ from tersor.config import values
 from tersor.config.parse import ConfigList
 from tersor.config.values import is_activation
 from tersor.errors import ConflictError, TrainingError
-from tersor.pruning.learned import Learned, Learner, put_on
 from tersor.pruning.learning import LearningPruner
 from tersor.targets.channels import is_norm_scale
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
+from tersor.training.learned import Learned, Learner, put_on
 from tersor.wrapping import Stage, TargetStack, Transform
 
 

@@ -15,12 +15,12 @@ from tersor.config.parse import ConfigList
 from tersor.errors import ConflictError
 from tersor.pruning.calibrated import CalibratedPruner
 from tersor.pruning.decision import RatioNow
-from tersor.pruning.layer_inputs import SecondMoment, from_rows, weight_rows
 from tersor.pruning.scores import block_norm
 from tersor.pruning.second_order import sparsegpt
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
+from tersor.training.layer_inputs import SecondMoment, from_rows, weight_rows
 from tersor.training.ranks import sum_over_processes
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from tersor.config import Granularity
 from tersor.pruning.calibrated import CalibratedPruner
 from tersor.pruning.decision import RatioNow, decide
-from tersor.pruning.layer_inputs import FeatureNorms, from_rows, weight_rows
 from tersor.pruning.scores import block_norm
 from tersor.targets.choices import choices
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
+from tersor.training.layer_inputs import FeatureNorms, from_rows, weight_rows
 from tersor.training.ranks import sum_over_processes
 
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from tersor.pruning.learned import Learned, Learner
 from tersor.pruning.movement import MovementPruner
+from tersor.training.learned import Learned, Learner
 from tests.networks import randomize
 
 RATIO = [{"op_names": ["0"], "sparse_ratio": 0.5}]

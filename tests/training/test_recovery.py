@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from tersor.errors import InvalidValueError
 from tersor.pruning import L1NormPruner
-from tersor.pruning.recovery import channel_moments, correct_bias, merge_moments, reestimate_batch_norm
+from tersor.training.recovery import channel_moments, correct_bias, merge_moments, reestimate_batch_norm
 from tests.networks import IMAGE, Dense, Plain, Residual, Separable, Tokens, Upsampling, randomize
 
 
@@ -419,7 +419,7 @@ TWO_PROCESSES = """
 import json, sys, torch
 from torch import distributed, nn
 from tersor.errors import InvalidValueError
-from tersor.pruning.recovery import correct_bias, reestimate_batch_norm
+from tersor.training.recovery import correct_bias, reestimate_batch_norm
 rank = int(sys.argv[1])
 distributed.init_process_group("gloo", store=distributed.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
 values = torch.arange(40, dtype=torch.float64).view(10, 4) ** 2

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tersor.errors import InvalidValueError
-from tersor.pruning.layer_inputs import FeatureNorms, SecondMoment, from_rows, unfold_inputs, weight_rows
+from tersor.training.layer_inputs import FeatureNorms, SecondMoment, from_rows, unfold_inputs, weight_rows
 
 
 class Conv1D(nn.Module):
