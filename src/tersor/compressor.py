@@ -49,6 +49,8 @@ class Compressor(ABC):
 
     mode: ClassVar[Mode]
     needs_training: ClassVar[bool] = False
+    post_training: ClassVar[bool] = False
+    """Whether it never trains, and looks at the model when all others have finished."""
     default_granularity: Granularity = OUT_CHANNEL
     default_balance: Granularity | None = None
 
@@ -187,7 +189,8 @@ class Compressor(ABC):
             InvalidValueError: a length that is no positive int.
         """
         check_limits(max_steps, max_epochs)
-        trains = max_steps is not None or max_epochs is not None
+        given = max_steps is not None or max_epochs is not None
+        trains = given and not all(item.post_training for item in self._chain)
         needing = [type(item).__name__ for item in self._chain if item.needs_training]
         if needing and not trains:
             raise TrainingError(
@@ -250,7 +253,7 @@ class Compressor(ABC):
     def finish(self) -> None:
         """After training; :meth:`compress` calls it. Call it yourself for a training loop of your own."""
         self._stop()
-        for item in self._chain:
+        for item in sorted(self._chain, key=lambda item: item.post_training):
             item.on_finish()
 
     def _stop(self) -> None:

@@ -7,12 +7,14 @@ with Ctrl-C or by a crash, keeps what was there before.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,7 @@ from torch import Tensor
 from tersor.errors import CheckpointError, MaskError
 
 MASKS_FORMAT = "tersor-masks"
+CALIBRATION_FORMAT = "tersor-calibration"
 
 
 @contextmanager
@@ -209,6 +212,61 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, dict[str, Tensor]]:
         module, _, target = key.rpartition("::")
         masks.setdefault(module, {})[target] = mask
     return masks
+
+
+def save_calibration(calibration: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | os.PathLike[str]) -> Path:
+    """Write a calibration config to one safetensors file: tensors as they are, all else as JSON in its header.
+
+    Args:
+        calibration: ``{module: {target: {key: tensor, number, string, list or None}}}``.
+        path: the file to write or replace.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: it holds something else.
+
+    >>> import tempfile
+    >>> config = {"fc": {"weight": {"scale": torch.tensor(0.5), "quant_dtype": "int8"}}}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     load_calibration(save_calibration(config, f"{folder}/calibration.safetensors"))
+    {'fc': {'weight': {'quant_dtype': 'int8', 'scale': tensor(0.5000)}}}
+    """
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, dict[str, Any]]] = {}
+    for module, targets in calibration.items():
+        for target, keys in targets.items():
+            tensors.update({f"{module}::{target}::{key}": v for key, v in keys.items() if isinstance(v, Tensor)})
+            others = {key: value for key, value in keys.items() if not isinstance(value, Tensor)}
+            plain.setdefault(module, {})[target] = others
+    try:
+        text = json.dumps(plain, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"holds what JSON does not: {error}",
+            where=str(path),
+            remedy="A calibration config holds tensors, numbers, strings, lists and None.",
+        ) from None
+    return write_tensors(path, tensors, {"format": CALIBRATION_FORMAT, "calibration": text})
+
+
+def load_calibration(path: str | os.PathLike[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Read what :func:`save_calibration` wrote.
+
+    Raises:
+        CheckpointError: there is no such file, or it is no calibration.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != CALIBRATION_FORMAT:
+        raise CheckpointError(
+            "is no file of calibrations", where=str(path), remedy="Write one with tersor.storage.save_calibration."
+        )
+    calibration: dict[str, dict[str, dict[str, Any]]] = json.loads(metadata["calibration"])
+    for name, tensor in tensors.items():
+        module, target, key = name.rsplit("::", 2)
+        calibration[module][target][key] = tensor
+    return calibration
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ BAD_ENTRIES = [
     ("pruning", CONV | {"global_group_id": ["a"]}, InvalidValueError, "['global_group_id']", ["['a']", "text"]),
     ("pruning", CONV | {"align": "conv1"}, InvalidValueError, "['align']", ["'conv1'", "module_name"]),
     ("pruning", CONV | {"align": {"dims": [0]}}, InvalidValueError, "['align']", ["'target_name' is missing"]),
-    ("quantization", CONV | {"quant_dtype": "float8"}, InvalidValueError, "['quant_dtype']", ["'float8'", "int2"]),
+    ("quantization", CONV | {"quant_dtype": "float8"}, InvalidValueError, "['quant_dtype']", ["'float8'", "int1"]),
     ("quantization", CONV | {"quant_scheme": "afine"}, InvalidValueError, "['quant_scheme']", ["mean 'affine'?"]),
     ("quantization", CONV | {"fuse_names": [["conv"]]}, InvalidValueError, "['fuse_names']", ["('conv',)", "three"]),
     ("quantization", CONV | {"quant_start_step": -1}, InvalidValueError, "['quant_start_step']", ["-1", "at least 0"]),

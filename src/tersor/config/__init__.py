@@ -1,6 +1,9 @@
 """What the user asks for: config lists in, frozen and validated entries out."""
 
+from tersor.config.dtypes import FloatDtype as FloatDtype
 from tersor.config.dtypes import IntDtype as IntDtype
+from tersor.config.dtypes import QuantDtype as QuantDtype
+from tersor.config.dtypes import parse_dtype as parse_dtype
 from tersor.config.entry import Entry as Entry
 from tersor.config.files import read_config_file as read_config_file
 from tersor.config.parse import ConfigList as ConfigList

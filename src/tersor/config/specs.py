@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from tersor.config import values
-from tersor.config.dtypes import IntDtype
+from tersor.config.dtypes import FloatDtype, IntDtype, QuantDtype, parse_dtype
 from tersor.errors import ConfigError, ConflictError, InvalidValueError, UnknownKeyError, nearest
 
 Mode = Literal["pruning", "quantization", "distillation"]
@@ -132,7 +132,7 @@ class Parsed(BaseModel):
 
 
 def _as_config(value: object) -> Any:
-    if isinstance(value, Parsed | Granularity | Pattern | IntDtype):
+    if isinstance(value, Parsed | Granularity | Pattern | IntDtype | FloatDtype):
         return value.as_config()
     return list(value) if isinstance(value, tuple) else value
 
@@ -321,20 +321,48 @@ QUANT_METHODS = (
 )
 
 
+OBSERVERS = ("minmax", "moving_average", "percentile", "entropy", "mse")
+
+
 class QuantizationSpec(Spec):
     """How one target is quantized.
 
     Attributes:
-        quant_dtype: the type of the stored values.
+        quant_dtype: the type of the stored values: ``int2`` to ``int32``, ``uint1`` to ``uint32``, ``fp8_e4m3``,
+            ``fp8_e5m2``; ``int1`` for the methods that binarize.
         quant_scheme: ``symmetric`` (the zero point is fixed) or ``affine`` (it follows the range).
-        granularity: the block that shares a scale; ``default`` is the whole tensor.
-        apply_method: how fake quantization is applied; each quantizer sets its own.
+        quant_range: ``narrow`` leaves the lowest value of a signed type out (``int8``: -127 to 127), so that each value
+            has its negative; ``full`` uses it (-128 to 127). By default signed symmetric types are narrow, all others
+            full; the quantizers of single papers have the paper's.
+        granularity: the block that shares a scale. ``default`` is one for each output channel of the weight of a linear
+            layer or convolution, and one for any other tensor as a whole; some quantizers have another. ``per_channel``
+            holds for inputs and outputs too. ``[1, 128]`` is every 128 values of a row, ``[-1]`` every row.
+        observer: how the range is found on calibration data: ``minmax``, ``moving_average``, ``percentile``,
+            ``entropy`` or ``mse``; each quantizer has its own default.
+        dynamic: the range of an input or output is found at run time, for each value by itself.
+        apply_method: how fake quantization is applied; each quantizer sets its own. ``bypass`` leaves the target as it
+            is.
     """
 
-    quant_dtype: Annotated[IntDtype, PlainValidator(IntDtype.parse)] | None = None
+    quant_dtype: Annotated[QuantDtype, PlainValidator(parse_dtype)] | None = None
     quant_scheme: Annotated[Literal["affine", "symmetric"], _one_of("affine", "symmetric")] | None = None
+    quant_range: Annotated[Literal["narrow", "full"], _one_of("narrow", "full")] | None = None
     granularity: GranularityField | None = None
+    observer: Annotated[str, _one_of(*OBSERVERS)] | None = None
+    dynamic: Annotated[bool, PlainValidator(values.flag)] | None = None
     apply_method: Annotated[str, _one_of(*QUANT_METHODS)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> QuantizationSpec:
+        if isinstance(self.quant_dtype, FloatDtype) and self.quant_scheme == "affine":
+            raise ConflictError(
+                f"{self.quant_dtype.as_config()} has no zero point.", remedy="Set quant_scheme to 'symmetric'."
+            )
+        if self.dynamic and self.observer is not None:
+            raise ConflictError(
+                "'dynamic' finds each range at run time, and 'observer' before.", remedy="Keep one of them."
+            )
+        return self
 
 
 def _link(value: object) -> Literal["auto"] | tuple[str, ...]:

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from tersor.config import Granularity, Mode, parse_config_list
+from tersor.config import Entry, Granularity, Mode, parse_config_list
 from tersor.config.parse import ConfigList
 from tersor.config.values import is_activation
 from tersor.errors import ConflictError, UnmatchedError, nearest
@@ -33,15 +33,22 @@ class Plan:
         targets: every target that the config list selects.
         skipped: modules with parameters that have none, with the reason.
         coupling: what depends on what; None without example inputs.
+        entries: the parsed config list.
     """
 
     def __init__(
-        self, mode: Mode, targets: tuple[PlannedTarget, ...], skipped: Mapping[str, str], coupling: Coupling | None
+        self,
+        mode: Mode,
+        targets: tuple[PlannedTarget, ...],
+        skipped: Mapping[str, str],
+        coupling: Coupling | None,
+        entries: tuple[Entry, ...] = (),
     ) -> None:
         self.mode: Mode = mode
         self.targets = targets
         self.skipped = skipped
         self.coupling = coupling
+        self.entries = entries
 
     @cached_property
     def rows(self) -> tuple[PlanRow, ...]:
@@ -142,13 +149,14 @@ def make_plan(
 ) -> Plan:
     """As :func:`plan`, with a coupling that is known already and a compressor's own defaults."""
     refuse_lazy(model)
-    resolution = resolve_targets(model, parse_config_list(config_list, mode), mode)
+    entries = tuple(parse_config_list(config_list, mode))
+    resolution = resolve_targets(model, entries, mode)
     shapes = _activation_shapes(model, resolution.targets, coupling) if mode == "pruning" else {}
     targets = tuple(
         plan_target(target, coupling, default_granularity, balance=default_balance, shape=shapes.get(place(target)))
         for target in resolution.targets
     )
-    return Plan(mode, targets, resolution.skipped, coupling)
+    return Plan(mode, targets, resolution.skipped, coupling, entries)
 
 
 def _activation_shapes(

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from tersor.config import values
-from tersor.config.specs import SPECS, Mode, PruningSpec, TargetSpec
+from tersor.config.specs import SPECS, Mode, PruningSpec, QuantizationSpec, TargetSpec
 from tersor.errors import InvalidValueError, UnmatchedError, nearest
 
 ModuleType = type[nn.Module] | str
@@ -127,7 +127,13 @@ PruningSetting = SettingRegistry(
 QuantizationSetting = SettingRegistry(
     "quantization",
     "QuantizationSetting",
-    {"quant_dtype": "int8", "quant_scheme": "symmetric", "granularity": "default", "apply_method": "clamp_round"},
+    {
+        **dict.fromkeys(QuantizationSpec.model_fields),
+        "quant_dtype": "int8",
+        "quant_scheme": "symmetric",
+        "granularity": "default",
+        "apply_method": "clamp_round",
+    },
 )
 DistillationSetting = SettingRegistry(
     "distillation", "DistillationSetting", {"lambda": 1.0, "link": "auto", "apply_method": "mse"}

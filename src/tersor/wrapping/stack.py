@@ -29,10 +29,15 @@ class Transform(nn.Module, ABC):
     """One step of the simulation on one target: value in, value of the same shape out."""
 
     stage: ClassVar[Stage]
+    watching: bool = False
+    """Whether it sees what passes, before it is applied."""
 
     @abstractmethod
     def forward(self, value: Tensor) -> Tensor:
         """The simulated value."""
+
+    def watch(self, value: Tensor) -> None:
+        """See what passes, with masked elements as zeros."""
 
     def fold(self, latent: Tensor) -> None:
         """Leave in the latent parameter, in place, what is to stay there when the simulation ends."""
@@ -81,8 +86,14 @@ class TargetStack(nn.Module):
         for stage in Stage:
             transform = self.find(stage)
             if transform is not None:
+                if transform.watching:
+                    transform.watch(self._kept(value))
                 value = transform(value)
         return value
+
+    def _kept(self, value: Tensor) -> Tensor:
+        mask = self.find(Stage.MASK)
+        return mask.kept(value) if isinstance(mask, Mask) else value
 
     def fold(self, latent: Tensor) -> None:
         """All transforms leave in the latent parameter what is to stay there."""
@@ -150,13 +161,19 @@ class Mask(Transform):
 
     def forward(self, value: Tensor) -> Tensor:
         """The masked value, same shape and dtype."""
-        factors = [fitted(factor, value.shape, self.target) for factor in self.factors]
-        factors = [factor.to(value.device) for factor in factors]  # model.to() does not reach a hook's masks
         if self.method == "mul":
-            return multiply(value, factors)
-        for factor in factors if self.method == "add" else ():
+            return self.kept(value)
+        for factor in self._fitting(value) if self.method == "add" else ():
             value = torch.where(factor, value, value + self.value)
         return value
+
+    def kept(self, value: Tensor) -> Tensor:
+        """The value with zeros where it is masked, whatever the method."""
+        return multiply(value, self._fitting(value))
+
+    def _fitting(self, value: Tensor) -> list[Tensor]:
+        factors = [fitted(factor, value.shape, self.target) for factor in self.factors]
+        return [factor.to(value.device) for factor in factors]  # model.to() does not reach a hook's masks
 
 
 def multiply(value: Tensor, factors: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -205,7 +205,7 @@ class _InputHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for key, stack in self.stacks.items():
-            args, kwargs = replace_input(module, args, kwargs, key, lambda value, stack=stack: _simulated(value, stack))
+            args, kwargs = replace_input(module, args, kwargs, key, _simulation(stack, module))
         return args, kwargs
 
 
@@ -217,7 +217,7 @@ class _OutputHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         for key, stack in self.stacks.items():
-            output = replace_output(output, key, lambda value, stack=stack: _simulated(value, stack))
+            output = replace_output(output, key, _simulation(stack, module))
         return output
 
 
@@ -225,8 +225,15 @@ SIMULATION_HOOKS = (_InputHook, _OutputHook)
 """What a wrapper hangs into a module's hooks, besides the refresher of recurrent weights."""
 
 
-def _simulated(value: Any, stack: TargetStack) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    stack.shape = value.shape
-    return stack(value)
+def _simulation(stack: TargetStack, module: nn.Module) -> Callable[[Any], Any]:
+    """What a hook of a module does to one of its inputs or outputs."""
+
+    def simulated(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if stack.training != module.training:  # the stack is no part of the module, whose mode does not reach it
+            stack.train(module.training)
+        stack.shape = value.shape
+        return stack(value)
+
+    return simulated

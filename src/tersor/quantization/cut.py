@@ -1,0 +1,84 @@
+"""How a target is cut into the blocks that share a scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tersor.config import Granularity
+from tersor.config.values import is_activation
+from tersor.errors import ConfigError
+from tersor.targets.channels import activation_channel_dim, channel_dims
+from tersor.targets.granularity import Blocks, block_of
+from tersor.targets.resolve import TargetConfig
+
+_RANKS = range(6)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The blocks of a target that share a scale; those of an input or output follow its shape from call to call.
+
+    Attributes:
+        where: what errors call the target.
+        granularity: a block; None where the whole tensor is one.
+        dims: output and input channel dimension of a tensor of each rank.
+
+    >>> cut = Cut("fc.weight", Granularity.parse([1, 2]), ((0, 1),) * 3)
+    >>> x = torch.arange(8.0).view(2, 4)
+    >>> cut.rows(x).shape, cut.spread(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), x.shape)
+    (torch.Size([2, 2, 2]), tensor([[1., 1., 2., 2.],
+            [3., 3., 4., 4.]]))
+    """
+
+    where: str
+    granularity: Granularity | None
+    dims: tuple[tuple[int | None, int | None], ...]
+
+    @classmethod
+    def of(cls, target: TargetConfig, granularity: Granularity | None) -> Cut:
+        """How a target is cut.
+
+        Args:
+            target: says what its channels are.
+            granularity: None for the whole tensor.
+        """
+        module, name = target.module, target.target_name
+        where = f"{target.where}['granularity'] on {f'{target.module_name}.' if target.module_name else ''}{name}"
+        if is_activation(name):
+            found = [activation_channel_dim(module, rank) for rank in _RANKS]
+            dims = [(1 if rank in (2, 4, 5) else rank - 1) if dim is None else dim for rank, dim in enumerate(found)]
+            return cls(where, granularity, tuple((dim, dim) for dim in dims))
+        return cls(where, granularity, tuple(channel_dims(module, name, rank) for rank in _RANKS))
+
+    def blocks(self, shape: torch.Size) -> Blocks | None:
+        """The blocks of a tensor of this shape; None where it is one.
+
+        Raises:
+            ConfigError: the granularity does not fit it.
+        """
+        if self.granularity is None:
+            return None
+        out_dim, in_dim = self.dims[len(shape)] if len(shape) < len(self.dims) else (0, 1)
+        try:
+            block = block_of(self.granularity, shape, out_dim=out_dim, in_dim=in_dim, channel_dim=out_dim)
+            return Blocks(tuple(shape), block)
+        except ConfigError as error:
+            raise type(error)(error.what, where=self.where, legal=error.legal, remedy=error.remedy) from None
+
+    def grid(self, shape: torch.Size) -> tuple[int, ...]:
+        """The shape of the scales of a tensor of this shape; () where it has one."""
+        blocks = self.blocks(shape)
+        return () if blocks is None else blocks.grid
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The elements of each block in a row: shape (*grid, elements of a block)."""
+        blocks = self.blocks(x.shape)
+        return x.reshape(-1) if blocks is None else blocks.split(x)
+
+    def spread(self, per_block: Tensor, shape: torch.Size) -> Tensor:
+        """One value a block, in a shape that broadcasts against a tensor of this shape."""
+        blocks = self.blocks(shape)
+        return per_block if blocks is None else blocks.expand_compact(per_block)

@@ -1,0 +1,137 @@
+"""Observers: what range the values of a target lie in, found while they pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tersor.training.ranks import mean_over_processes, processes
+
+
+class Sized(nn.Module):
+    """A module whose buffers take the shapes that a checkpoint holds: how many scales there are is seen at run time."""
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, buffer in self._buffers.items():
+            held = state_dict.get(prefix + name)
+            if buffer is not None and held is not None and held.shape != buffer.shape:
+                setattr(self, name, torch.empty_like(held, dtype=buffer.dtype, device=buffer.device))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Write a buffer, in place where its shape allows it."""
+        buffer = self._buffers[name]
+        assert buffer is not None
+        if buffer.shape == value.shape and buffer.device == value.device:
+            buffer.copy_(value)
+        else:
+            setattr(self, name, value.detach().to(buffer.dtype))
+
+
+class RangeObserver(Sized, ABC):
+    """Base of all observers. It sees batch after batch and then says what range is to be stored."""
+
+    @abstractmethod
+    def add(self, rows: Tensor) -> None:
+        """Take in values.
+
+        Args:
+            rows: shape (*grid, values of a block), float32 or wider, without gradients.
+        """
+
+    @abstractmethod
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum of each block, of the grid's shape; inf and -inf where nothing was seen."""
+
+    def synchronize(self) -> None:
+        """Come to the same on all processes."""
+
+
+class _Range(RangeObserver):
+    """An observer that knows no more than a minimum and a maximum."""
+
+    minimum: Tensor
+    maximum: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("minimum", torch.tensor(torch.inf))
+        self.register_buffer("maximum", torch.tensor(-torch.inf))
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """What was put."""
+        return self.minimum, self.maximum
+
+    def _put(self, minimum: Tensor, maximum: Tensor) -> None:
+        self.put("minimum", minimum)
+        self.put("maximum", maximum)
+
+
+@final
+class MinMax(_Range):
+    """The least and the greatest value of all.
+
+    >>> observer = MinMax()
+    >>> observer.add(torch.tensor([1.0, 3.0]))
+    >>> observer.add(torch.tensor([-1.0, 2.0]))
+    >>> observer.range()
+    (tensor(-1.), tensor(3.))
+    """
+
+    def add(self, rows: Tensor) -> None:
+        """Widen the range."""
+        minimum, maximum = rows.aminmax(dim=-1)
+        self._put(torch.minimum(self.minimum, minimum), torch.maximum(self.maximum, maximum))
+
+    def synchronize(self) -> None:
+        """The least and the greatest of all processes."""
+        if processes() > 1:
+            dist.all_reduce(self.minimum, op=dist.ReduceOp.MIN)
+            dist.all_reduce(self.maximum, op=dist.ReduceOp.MAX)
+
+
+@final
+class Latest(_Range):
+    """The range of the values seen last: for weights, which are all seen at once."""
+
+    def add(self, rows: Tensor) -> None:
+        """Forget what was before."""
+        self._put(*rows.aminmax(dim=-1))
+
+
+@final
+class MovingAverage(_Range):
+    """The exponential moving averages of the minima and maxima of batches; the first batch counts as it is.
+
+    Paper: Jacob et al. (CVPR 2018), section 3.1.
+
+    Args:
+        decay: the share of the old average that stays.
+
+    >>> observer = MovingAverage(decay=0.5)
+    >>> observer.add(torch.tensor([0.0, 4.0]))
+    >>> observer.add(torch.tensor([0.0, 8.0]))
+    >>> observer.range()
+    (tensor(0.), tensor(6.))
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        super().__init__()
+        self.decay = decay
+
+    def add(self, rows: Tensor) -> None:
+        """Move towards this batch's."""
+        minimum, maximum = rows.aminmax(dim=-1)
+        self._put(self._moved(self.minimum, minimum), self._moved(self.maximum, maximum))
+
+    def _moved(self, average: Tensor, new: Tensor) -> Tensor:
+        return torch.where(average.isinf(), new, average + (new - average) * (1 - self.decay))
+
+    def synchronize(self) -> None:
+        """The mean of all processes' averages."""
+        self._put(mean_over_processes(self.minimum), mean_over_processes(self.maximum))

@@ -1,0 +1,153 @@
+"""The simulation that most quantizers use: evenly spaced values, with scales that are fixed or follow what passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from tersor.errors import CheckpointError, InvalidValueError, NumericalError
+from tersor.quantization.base import FakeQuantize
+from tersor.quantization.cut import Cut
+from tersor.quantization.format import Format
+from tersor.quantization.observers import RangeObserver
+
+
+@final
+class UniformQuantize(FakeQuantize):
+    """Rounds to values of equal distance, with one scale and zero point a block.
+
+    It starts as doing nothing. While ``watching``, its observer sees what passes; :meth:`settle` turns the range seen
+    into scale and zero point; once ``enabled``, values are rounded.
+
+    Args:
+        name: ``module.target``, for messages.
+        form: what is stored.
+        cut: the blocks that share a scale.
+        observer: what finds the range.
+        live: settle whenever something was seen; for training.
+        only_in_training: watch in training mode alone.
+
+    Attributes:
+        enabled: False passes values untouched.
+        scale: of the grid's shape, () for a whole tensor; float32.
+        zero_point: of the same shape; whole numbers in float32.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        form: Format,
+        cut: Cut,
+        observer: RangeObserver,
+        *,
+        live: bool = False,
+        only_in_training: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.form = form
+        self.cut = cut
+        self.observer = observer
+        self.live = live
+        self.only_in_training = only_in_training
+        self.enabled = False
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The value on its grid, in its own type."""
+        if not self.enabled or not value.is_floating_point():
+            return value
+        scale, zero_point = self._spread(value)
+        return self.form.simulate(value, scale, zero_point)
+
+    def _spread(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self.scale.device != value.device:  # a hook's transforms do not move with the model
+            self.to(value.device)
+        grid = self.cut.grid(value.shape)
+        if grid != self.scale.shape:
+            raise InvalidValueError(
+                f"there are scales for {tuple(self.scale.shape)} blocks, and a value of shape {tuple(value.shape)} has "
+                f"{grid}",
+                where=self.name,
+                remedy="Fixed scales need a granularity whose blocks do not depend on the sizes of inputs; for one "
+                "scale a token set dynamic: True.",
+            )
+        return self.cut.spread(self.scale, value.shape), self.cut.spread(self.zero_point, value.shape)
+
+    @torch.no_grad()
+    def watch(self, value: Tensor) -> None:
+        """Show a value to the observer."""
+        if (self.only_in_training and not self.training) or not value.is_floating_point() or not value.numel():
+            return
+        if self.scale.device != value.device:
+            self.to(value.device)
+        self.observer.add(self.cut.rows(value.to(torch.promote_types(value.dtype, torch.float32))))
+        if self.live:
+            self._settle()
+
+    def settle(self) -> None:
+        """Take scale and zero point from what was seen.
+
+        Raises:
+            NumericalError: nothing was seen, or values that are infinite or not numbers.
+        """
+        minimum, maximum = self.observer.range()
+        if not bool((minimum.isfinite() & maximum.isfinite()).all()):
+            never = bool((minimum > maximum).all())
+            raise NumericalError(
+                "no value was ever seen here" if never else "values are infinite or not numbers",
+                where=self.name,
+                remedy="Give calibration data that reaches this module, or leave it out."
+                if never
+                else "Look for overflow in the model (float16?) or in the calibration data.",
+            )
+        self._settle()
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        scale, zero_point = self.form.scale_and_zero_point(*self.observer.range())
+        self.put("scale", scale)
+        self.put("zero_point", zero_point)
+
+    def set(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Give scale and zero point, of the grid's shape."""
+        self.put("scale", scale)
+        self.put("zero_point", zero_point)
+
+    def calibration(self) -> dict[str, Any]:
+        """Scale, zero point and format."""
+        zero_point = self.zero_point.detach().cpu().to(torch.int64)
+        return {"scale": self.scale.detach().cpu().clone(), "zero_point": zero_point, **self.form.as_calibration()}
+
+    def check_calibration(self, calibration: Mapping[str, Any]) -> None:
+        """Refuse what does not fit.
+
+        Raises:
+            CheckpointError: another format, or a key is missing.
+        """
+        for key, own in self.form.as_calibration().items():
+            if calibration.get(key) != own:
+                raise CheckpointError(
+                    f"{key} is {calibration.get(key)!r} in the calibration, and {own!r} in the config list",
+                    where=self.name,
+                    remedy="Make the quantizer from the config list that the calibration was made with.",
+                )
+        for key in ("scale", "zero_point"):
+            if key not in calibration:
+                raise CheckpointError(f"the calibration has no {key!r}", where=self.name)
+
+    def load_calibration(self, calibration: Mapping[str, Any]) -> None:
+        """Fixed from now on."""
+        self.set(*(torch.as_tensor(calibration[key]).to(self.scale) for key in ("scale", "zero_point")))
+        self.enabled, self.watching, self.live = True, False, False
+
+    def flags(self) -> dict[str, bool]:
+        """What is on."""
+        return {"enabled": self.enabled, "live": self.live, **super().flags()}
