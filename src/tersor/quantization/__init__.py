@@ -4,8 +4,10 @@ from tersor.quantization.base import CalibrationConfig as CalibrationConfig
 from tersor.quantization.base import FakeQuantize as FakeQuantize
 from tersor.quantization.base import Quantizer as Quantizer
 from tersor.quantization.base import straight_through as straight_through
+from tersor.quantization.bnn import BNNQuantizer as BNNQuantizer
 from tersor.quantization.calibrated import CalibratedQuantizer as CalibratedQuantizer
 from tersor.quantization.cut import Cut as Cut
+from tersor.quantization.dorefa import DoReFaQuantizer as DoReFaQuantizer
 from tersor.quantization.format import Format as Format
 from tersor.quantization.observers import Latest as Latest
 from tersor.quantization.observers import MinMax as MinMax
