@@ -12,6 +12,7 @@ from tersor.errors import ConflictError, InvalidValueError, TrainingError
 from tersor.quantization.awq import EXPONENTS, SHARES, AWQQuantizer, clipped_scales, emphasis, output_error
 from tersor.quantization.cut import Cut
 from tersor.quantization.format import Format
+from tersor.testing.processes import in_two_processes, why_not_two
 from tests.networks import randomize
 from tests.quantization.outliers import RoundToNearest, block, decibels, llama, tokens
 
@@ -184,3 +185,24 @@ def test_a_layer_that_no_batch_reaches_is_named():
     with pytest.raises(TrainingError, match="calls '1' on no batch"):
         quantizer.compress()
     quantizer.unwrap_model()
+
+
+@pytest.mark.skipif(why_not_two() is not None, reason=str(why_not_two()))
+def test_two_processes_find_what_one_would_with_all_the_data():
+    data = tokens(batches=4)
+
+    def work(rank):
+        quantizer = AWQQuantizer(block(), CONFIG, calibration=data[rank::2], example_inputs=data[0])
+        quantizer.compress()
+        scale = quantizer.get_calibration_config()["gate"]["weight"]["scale"]
+        quantizer.unwrap_model()
+        return {"factors": quantizer.factors[0], "scale": scale, "exponents": torch.tensor(quantizer.exponents)}
+
+    alone = quantized(AWQQuantizer, block(), CONFIG, data)
+    alone.unwrap_model()
+    for found in in_two_processes(work):
+        assert found["exponents"].tolist() == pytest.approx(alone.exponents)
+        torch.testing.assert_close(found["factors"], alone.factors[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            found["scale"], alone.get_calibration_config()["gate"]["weight"]["scale"], rtol=1e-5, atol=0
+        )

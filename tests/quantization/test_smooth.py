@@ -9,6 +9,7 @@ from torch import nn
 
 from tersor.errors import ConflictError, InvalidValueError, NumericalError
 from tersor.quantization.smooth import SmoothQuantizer, smoothing
+from tersor.testing.processes import in_two_processes, why_not_two
 from tests.networks import randomize
 from tests.quantization.outliers import RoundToNearest, block, decibels, llama, tokens
 
@@ -199,3 +200,21 @@ def test_values_that_are_no_numbers_change_nothing():
         quantizer.compress()
     quantizer.unwrap_model()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+
+
+@pytest.mark.skipif(why_not_two() is not None, reason=str(why_not_two()))
+def test_two_processes_move_what_one_would_with_all_the_data():
+    data = tokens(batches=4)
+
+    def work(rank):
+        quantizer = quantized(SmoothQuantizer, block(), CONFIG, data[rank::2], example_inputs=data[0])
+        scale = quantizer.get_calibration_config()["gate"]["_input_0"]["scale"]
+        quantizer.unwrap_model()
+        return {"norm": quantizer.factors[0], "up": quantizer.factors[1], "scale": scale}
+
+    alone = quantized(SmoothQuantizer, block(), CONFIG, data)
+    alone.unwrap_model()
+    for found in in_two_processes(work):
+        torch.testing.assert_close(found["norm"], alone.factors[0], rtol=0, atol=0)
+        torch.testing.assert_close(found["up"], alone.factors[1], rtol=0, atol=0)
+        assert found["scale"] == alone.get_calibration_config()["gate"]["_input_0"]["scale"]
