@@ -12,6 +12,7 @@
     ├── NumericalError       numbers that cannot be computed with: not finite, a singular matrix
     ├── TrainingError        the training or evaluating functions cannot be called as asked
     ├── TraceError           the model cannot be run or followed on the example inputs
+    ├── EquivalenceError     a change that must not alter what a model computes did alter it
     ├── SpeedupError         the model cannot be made small
     │   └── VerificationError    the small model does not compute what the masked one does
     ├── CheckpointError      a file is damaged, foreign or does not fit
@@ -96,6 +97,10 @@ class TrainingError(TersorError, RuntimeError):
 
 class TraceError(TersorError, RuntimeError):
     """The model cannot be run or followed on the example inputs."""
+
+
+class EquivalenceError(TersorError, RuntimeError):
+    """A change that must not alter what a model computes did alter it; it was taken back."""
 
 
 class SpeedupError(TersorError, RuntimeError):

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tersor.graph.modes import Mode
 from tersor.training.chains import Call, Chain, call_of, is_within, leaves, parts_of, tensors_in, versions_of
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Enum, nn.Module)
@@ -42,7 +42,7 @@ def candidates(model: nn.Module, wanted: Sequence[str]) -> list[Chain]:
     return [chain for chain in found if not any(_reaches_outside(users, chain.blocks) for users in shared)]
 
 
-class Births(TorchDispatchMode):
+class Births(Mode):
     """Notes when each tensor was made, or last written into, by a clock that others set forward."""
 
     supports_higher_order_operators = True
