@@ -19,7 +19,7 @@ def _correlated(samples: int) -> Tensor:
 
 X, FRESH = _correlated(256), _correlated(500)
 BATCHES = list(X.split(64))
-IMAGES = nn.functional.avg_pool2d(torch.randn(32, 4, 10, 10, generator=GENERATOR), 3, 1) * 3
+IMAGES = nn.functional.avg_pool2d(torch.randn(192, 4, 10, 10, generator=GENERATOR), 3, 1) * 3
 MORE_IMAGES = nn.functional.avg_pool2d(torch.randn(64, 4, 10, 10, generator=GENERATOR), 3, 1) * 3
 
 

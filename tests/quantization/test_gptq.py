@@ -231,25 +231,17 @@ class _First(nn.Module):
 
 class TestMasks:
     def test_they_stay_and_the_rest_makes_up_for_them(self):
-        results = {}
-        for quantizer_class in (GPTQQuantizer, None):
-            model = mlp()
-            pruner = LevelPruner(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
-            pruner.compress()
-            masks, expected = pruner.get_masks(), model(FRESH).detach()
-            if quantizer_class is not None:
-                quantizer = GPTQQuantizer.from_compressor(pruner, config(4), calibration=BATCHES)
-                quantizer.compress()
-                assert all(
-                    torch.equal(own["weight"], masks[name]["weight"]) for name, own in pruner.get_masks().items()
-                )
-            pruner.unwrap_model(bake=True)
-            if quantizer_class is None:
-                model = nearest(model, 4)
-            for name, own in masks.items():
-                assert model.get_submodule(name).weight[~own["weight"]].count_nonzero() == 0
-            results[quantizer_class] = decibels(model, lambda _, expected=expected: expected, FRESH)
-        assert results[GPTQQuantizer] > results[None] + 2
+        model = nn.Sequential(nn.Linear(12, 64))
+        pruner = LevelPruner(model, [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+        pruner.compress()
+        masks, rounded = pruner.get_masks(), nn.Sequential(nn.Linear(12, 64))
+        rounded.load_state_dict({"0.weight": model[0].weight.detach(), "0.bias": model[0].bias.detach()})
+        original = copy.deepcopy(rounded)
+        GPTQQuantizer.from_compressor(pruner, config(4), calibration=BATCHES).compress()
+        assert torch.equal(pruner.get_masks()["0"]["weight"], masks["0"]["weight"])
+        pruner.unwrap_model()
+        assert model[0].weight[~masks["0"]["weight"]].count_nonzero() == 0
+        assert decibels(model, original, FRESH) > decibels(nearest(rounded, 4), original, FRESH) + 1
 
     def test_masked_channels(self):
         model = mlp()
@@ -334,6 +326,11 @@ class TestRefusals:
 
         with pytest.raises(ConflictError, match=r"head\.weight: .*change embed\.weight as well"):
             GPTQQuantizer(Tied(), [{"op_types": ["Linear"], "target_names": ["weight"]}])
+
+    @pytest.mark.parametrize("keys", [{"observer": "entropy"}, {"target_names": ["_input_0"], "dynamic": True}])
+    def test_what_it_does_not_do(self, keys):
+        with pytest.raises(ConflictError, match=next(key for key in keys if key != "target_names")):
+            GPTQQuantizer(mlp(), config(4, **keys), calibration=BATCHES)
 
     @pytest.mark.parametrize("calibration", [None, []])
     def test_no_data(self, calibration):

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import TypeIs
 
+from tersor.config.values import is_activation
 from tersor.errors import ConflictError
-from tersor.quantization.base import spec_of
+from tersor.quantization.base import FakeQuantize, spec_of
 from tersor.quantization.calibrated import CalibratedQuantizer
-from tersor.quantization.observers import MinMax, RangeObserver
+from tersor.quantization.observers import MinMax, MovingAverage, RangeObserver
 from tersor.quantization.second_order import Fit
 from tersor.quantization.uniform import UniformQuantize
 from tersor.targets.channels import is_conv1d
@@ -55,7 +54,7 @@ class LayerwiseQuantizer(CalibratedQuantizer):
 
     def calibrate(self) -> None:
         """Round the weights, then find the scales of all else."""
-        transforms = [(target, transform) for target, transform in self.transforms() if _is_uniform(transform)]
+        transforms = [(target, _uniform(target, transform)) for target, transform in self.transforms()]
         for _, transform in transforms:
             transform.enabled = False
         weights = {
@@ -191,10 +190,24 @@ def fit_of(transform: UniformQuantize) -> Fit:
     return fit
 
 
+def _uniform(target: PlannedTarget, transform: FakeQuantize) -> UniformQuantize:
+    if not isinstance(transform, UniformQuantize):
+        raise ConflictError(
+            "what is quantized is computed from the weight and a norm behind it",
+            where=f"{target.config.where} on {target.name}",
+            remedy="Fold the norm into the weight for good first.",
+        )
+    return transform
+
+
 def _observer(target: PlannedTarget) -> RangeObserver:
-    _ = spec_of(target).observer
-    return MinMax()
-
-
-def _is_uniform(transform: Any) -> TypeIs[UniformQuantize]:
-    return isinstance(transform, UniformQuantize)
+    spec = spec_of(target)
+    asked = spec.observer or "minmax"
+    if spec.dynamic or asked not in ("minmax", "moving_average"):
+        key = "dynamic" if spec.dynamic else "observer"
+        raise ConflictError(
+            "rounding weights goes with fixed ranges, from the least value to the greatest",
+            where=f"{target.config.where}[{key!r}] on {target.name}",
+            remedy="Leave it out, or give the target to a PtqQuantizer beside this one.",
+        )
+    return MovingAverage() if asked == "moving_average" and is_activation(target.config.target_name) else MinMax()
