@@ -1,5 +1,6 @@
 """Quantizers, one file an algorithm; observers and the arithmetic of formats are pure functions."""
 
+from tersor.quantization.adaround import AdaRoundQuantizer as AdaRoundQuantizer
 from tersor.quantization.awq import AWQQuantizer as AWQQuantizer
 from tersor.quantization.base import CalibrationConfig as CalibrationConfig
 from tersor.quantization.base import FakeQuantize as FakeQuantize
@@ -12,6 +13,7 @@ from tersor.quantization.dorefa import DoReFaQuantizer as DoReFaQuantizer
 from tersor.quantization.equalization import Equalization as Equalization
 from tersor.quantization.equalization import equalize as equalize
 from tersor.quantization.format import Format as Format
+from tersor.quantization.gptq import GPTQQuantizer as GPTQQuantizer
 from tersor.quantization.observers import Latest as Latest
 from tersor.quantization.observers import MinMax as MinMax
 from tersor.quantization.observers import MovingAverage as MovingAverage
