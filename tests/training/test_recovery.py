@@ -13,7 +13,13 @@ from torch.nn import functional as F
 
 from tersor.errors import InvalidValueError
 from tersor.pruning import L1NormPruner
-from tersor.training.recovery import channel_moments, correct_bias, merge_moments, reestimate_batch_norm
+from tersor.training.recovery import (
+    channel_moments,
+    correct_bias,
+    merge_moments,
+    output_moments,
+    reestimate_batch_norm,
+)
 from tests.networks import IMAGE, Dense, Plain, Residual, Separable, Tokens, Upsampling, randomize
 
 
@@ -281,6 +287,16 @@ def test_the_formula_of_a_linear_layer():
     lost = (reference.weight - model.weight).detach().numpy()
     expected = reference.bias.detach().numpy() + lost @ torch.cat(batches[:2]).numpy().mean(0)
     np.testing.assert_allclose(model.bias.detach().numpy(), expected, rtol=1e-12)
+
+
+def test_moments_from_before_are_as_good_as_a_copy():
+    reference, batches = randomize(Residual()).double(), images()
+    by_copy = zeroed(reference)
+    model = copy.deepcopy(reference)
+    before = output_moments(model, batches)
+    model.load_state_dict(by_copy.state_dict())
+    assert correct_bias(model, before, batches) == correct_bias(by_copy, reference, batches)
+    assert_state(model, state(by_copy))
 
 
 class Backwards(nn.Module):

@@ -1,16 +1,36 @@
-"""Observers: what range the values of a target lie in, found while they pass."""
+"""Observers: what range the values of a target lie in, found while they pass.
+
+Config lists and quantizers name them (``observer``), see :func:`observer_of`:
+
+- ``minmax``: the least and the greatest value. No value is clipped, so a single outlier coarsens all others.
+- ``moving_average``: of the extremes of batches. An outlier counts for as much as its batch does.
+- ``percentile``, ``entropy``, ``mse``: by how values are distributed, see :mod:`tersor.quantization.clipping`.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tersor.training.ranks import mean_over_processes, processes
+from tersor.config.specs import OBSERVERS
+from tersor.errors import InvalidValueError, NumericalError, nearest
+from tersor.quantization.clipping import (
+    Range,
+    by_histograms,
+    entropy_range,
+    least_squares_range,
+    least_squares_range_of_values,
+    percentile_range,
+)
+from tersor.quantization.format import Format
+from tersor.quantization.histogram import Histogram, over_processes
+from tersor.training.ranks import mean_over_processes, of_each_process, processes
 
 
 class Sized(nn.Module):
@@ -135,3 +155,124 @@ class MovingAverage(_Range):
     def synchronize(self) -> None:
         """The mean of all processes' averages."""
         self._put(mean_over_processes(self.minimum), mean_over_processes(self.maximum))
+
+
+@final
+class ByHistogram(RangeObserver):
+    """A range chosen by how all values are distributed, which a histogram keeps (:class:`Histogram`).
+
+    The range is the same in whatever order the batches come, and however they are shared out among processes.
+
+    Args:
+        choose: makes a range of a histogram, as those of :mod:`tersor.quantization.clipping` do.
+
+    >>> observer = ByHistogram(partial(percentile_range, percentile=99.0))
+    >>> observer.add(torch.arange(1000.0))
+    >>> observer.add(torch.tensor([1e5]))
+    >>> observer.range()[1] < 1000
+    tensor(True)
+    """
+
+    counts: Tensor
+    exponent: Tensor
+    minimum: Tensor
+    maximum: Tensor
+
+    BINS, BINS_OF_MANY = 4096, 1024
+    """On either side of zero: of one block, and of each of many, which would take 64 kB of memory each."""
+
+    def __init__(self, choose: Callable[[Histogram], Range]) -> None:
+        super().__init__()
+        self.choose = choose
+        self.register_buffer("counts", torch.zeros(0, dtype=torch.long))
+        self.register_buffer("exponent", torch.zeros((), dtype=torch.long))
+        self.register_buffer("minimum", torch.tensor(torch.inf))
+        self.register_buffer("maximum", torch.tensor(-torch.inf))
+
+    @property
+    def seen(self) -> Histogram | None:
+        """The histogram of what was seen so far; None before anything was."""
+        return Histogram(self.counts, self.exponent, self.minimum, self.maximum) if self.counts.numel() else None
+
+    def add(self, rows: Tensor) -> None:
+        """Count values. One that is not finite makes the range so, for good."""
+        try:
+            new = Histogram.of(rows, self.BINS if rows.dim() == 1 else self.BINS_OF_MANY)
+        except NumericalError:
+            self.put("minimum", torch.full_like(self.minimum, torch.nan))
+            return
+        if not self._failed():
+            self._keep(new if self.seen is None else self.seen.merge(new))
+
+    def range(self) -> Range:
+        """What is chosen."""
+        return (self.minimum, self.maximum) if self.seen is None or self._failed() else self.choose(self.seen)
+
+    def synchronize(self) -> None:
+        """Count what all processes have seen."""
+        if any(of_each_process(self._failed())):
+            self.put("minimum", torch.full_like(self.minimum, torch.nan))
+        elif processes() > 1 and (total := over_processes(self.seen)) is not None:
+            self._keep(total)
+
+    def _failed(self) -> bool:
+        return bool(self.minimum.isnan().any())
+
+    def _keep(self, histogram: Histogram) -> None:
+        for name in ("counts", "exponent", "minimum", "maximum"):
+            self.put(name, getattr(histogram, name))
+
+
+@final
+class ByValues(_Range):
+    """A range chosen from the values seen last themselves: for weights, which are all at hand.
+
+    Args:
+        choose: makes a range of rows of values, shape ``(*grid, n)``.
+    """
+
+    def __init__(self, choose: Callable[[Tensor], Range]) -> None:
+        super().__init__()
+        self.choose = choose
+
+    def add(self, rows: Tensor) -> None:
+        """Choose, and forget what was before."""
+        minimum, maximum = rows.aminmax(dim=-1)
+        if bool((minimum.isfinite() & maximum.isfinite()).all()):
+            minimum, maximum = self.choose(rows)
+        self._put(minimum, maximum)
+
+
+def observer_of(name: str, form: Format, *, at_hand: bool = False) -> RangeObserver:
+    """The observer of a name.
+
+    Args:
+        name: as ``observer`` in a config list.
+        form: what the values are to be stored in.
+        at_hand: whether all values are seen at once, as weights are; what was seen before is forgotten then, and no
+            histogram is kept.
+
+    Raises:
+        InvalidValueError: there is none of this name.
+
+    >>> from tersor.config import IntDtype
+    >>> form = Format(IntDtype(8), "symmetric", -127, 127)
+    >>> observer_of("mse", form), observer_of("minmax", form)
+    (ByHistogram(), MinMax())
+    """
+    choices: dict[str, Callable[[Histogram], Range]] = {
+        "percentile": percentile_range,
+        "entropy": partial(entropy_range, form=form),
+        "mse": partial(least_squares_range, form=form),
+    }
+    if name not in OBSERVERS:
+        raise InvalidValueError(
+            f"{name!r} is no observer", where="observer", legal=OBSERVERS, remedy=nearest(name, OBSERVERS)
+        )
+    if name in ("minmax", "moving_average"):
+        return Latest() if at_hand else MinMax() if name == "minmax" else MovingAverage()
+    if not at_hand:
+        return ByHistogram(choices[name])
+    if name == "mse":
+        return ByValues(partial(least_squares_range_of_values, form=form))
+    return ByValues(partial(by_histograms, choose=choices[name]))

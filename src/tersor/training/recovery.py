@@ -33,9 +33,10 @@ from torch.utils.hooks import RemovableHandle
 from tersor.errors import InvalidValueError
 from tersor.graph.inputs import evaluating
 from tersor.targets.channels import activation_channel_dim
-from tersor.training.batches import take_apart, to_device
+from tersor.training.batches import to_device
 from tersor.training.loops import device_of
 from tersor.training.ranks import of_each_process
+from tersor.training.stages import inputs_of
 from tersor.wrapping.stack import Mask, Stage, TargetStack, multiply
 from tersor.wrapping.wrapper import Wrapper
 
@@ -114,8 +115,38 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], *, max_batch
     return batch_count
 
 
+def output_moments(model: nn.Module, batches: Iterable[Any], *, max_batches: int | None = None) -> dict[str, Moments]:
+    """What the layers give that :func:`correct_bias` corrects: a reference that takes no copy of the model.
+
+    Ask for it before compression, or while what simulates it is switched off.
+
+    Args:
+        model: stays as it is.
+        batches: as for training; some hundred samples are enough.
+        max_batches: take so many (in each process); None takes all.
+
+    Returns:
+        The moments of each layer's outputs over all processes, by name, in the order in which the layers run.
+
+    Raises:
+        InvalidValueError: there is no layer with a bias, or no batch.
+
+    >>> output_moments(nn.BatchNorm1d(1), [torch.tensor([[1.0], [3.0]])])[""].count
+    2
+    """
+    modules = _correctable(model)
+    with evaluating(model):
+        kept = list(_first(batches, max_batches))
+        _some(len(kept))
+        return _output_moments(model, modules, kept)
+
+
 def correct_bias(
-    model: nn.Module, reference: nn.Module, batches: Iterable[Any], *, max_batches: int | None = None
+    model: nn.Module,
+    reference: nn.Module | Mapping[str, Moments],
+    batches: Iterable[Any],
+    *,
+    max_batches: int | None = None,
 ) -> list[str]:
     r"""Give each output channel the mean that it has in the model from before compression.
 
@@ -146,7 +177,8 @@ def correct_bias(
     Args:
         model: changed in place, in nothing but its (latent) biases.
         reference: a copy from before compression, in which the module of a name computes what the model's should: batch
-            norms are folded in both or in neither. It stays as it is.
+            norms are folded in both or in neither. It stays as it is. Or what :func:`output_moments` gave of the model
+            itself before, on the same batches.
         batches: as for training; some hundred samples are enough.
         max_batches: take so many (in each process); None takes all.
 
@@ -168,11 +200,17 @@ def correct_bias(
     >>> model.bias.data
     tensor([6.])
     """
-    modules = _correctable(model, reference)
-    with evaluating(model), evaluating(reference):
+    modules = _correctable(model)
+    if isinstance(reference, nn.Module):
+        _check_reference(model, reference, modules)
+    with evaluating(model):
         kept = list(_first(batches, max_batches))
         _some(len(kept))
-        targets = _output_moments(reference, modules, kept)
+        if isinstance(reference, nn.Module):
+            with evaluating(reference):
+                targets = _output_moments(reference, modules, kept)
+        else:
+            targets = {name: found for name, found in reference.items() if name in modules}
         biases = {name: Wrapper(name, modules[name]).tensor("bias") for name in targets}
         _check_channels(biases, targets)
         before = {name: bias.clone() for name, bias in biases.items()}
@@ -279,18 +317,23 @@ def _output_moments(model: nn.Module, modules: Mapping[str, nn.Module], batches:
     return _pooled(moments)
 
 
-def _correctable(model: nn.Module, reference: nn.Module) -> dict[str, nn.Module]:
-    """The modules of the model that have a bias for each output channel, if the reference has them all."""
+def _correctable(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the model that have a bias for each output channel."""
     modules: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules() if isinstance(module, BIASED) and module.bias is not None
     }
     if not modules:
         raise InvalidValueError("has no linear layer, convolution or batch norm with a bias", where="model")
+    return modules
+
+
+def _check_reference(model: nn.Module, reference: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a reference that is the model itself, or has not all of its modules."""
     if reference is model:
         raise InvalidValueError(
             "is the model itself, so there is nothing to correct",
             where="reference",
-            remedy="Keep a copy from before compression: reference = copy.deepcopy(model).",
+            remedy="Keep a copy from before compression (reference = copy.deepcopy(model)), or output_moments(model).",
         )
     known = {name for name, _ in reference.named_modules(remove_duplicate=False)}
     if missing := [name for name in modules if name not in known]:
@@ -299,7 +342,6 @@ def _correctable(model: nn.Module, reference: nn.Module) -> dict[str, nn.Module]
             where="reference",
             remedy="Give a copy of the same model from before compression.",
         )
-    return modules
 
 
 def _check_channels(biases: Mapping[str, Tensor], targets: Mapping[str, Moments]) -> None:
@@ -340,8 +382,7 @@ def _first(batches: Iterable[Any], count: int | None) -> Iterator[Any]:
 
 def _run(model: nn.Module, batch: Any) -> None:
     """Run the model on the inputs of a batch."""
-    batch = to_device(batch, device_of(model))
-    args, kwargs, _ = ((batch,), {}, None) if isinstance(batch, Tensor) else take_apart(batch)
+    args, kwargs = inputs_of(to_device(batch, device_of(model)))
     model(*args, **kwargs)
 
 
