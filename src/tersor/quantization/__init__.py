@@ -18,6 +18,8 @@ from tersor.quantization.equalization import Equalization as Equalization
 from tersor.quantization.equalization import equalize as equalize
 from tersor.quantization.format import Format as Format
 from tersor.quantization.gptq import GPTQQuantizer as GPTQQuantizer
+from tersor.quantization.lsq import LsqQuantizer as LsqQuantizer
+from tersor.quantization.lsq_plus import LsqPlusQuantizer as LsqPlusQuantizer
 from tersor.quantization.observers import ByHistogram as ByHistogram
 from tersor.quantization.observers import ByValues as ByValues
 from tersor.quantization.observers import Latest as Latest
@@ -26,6 +28,7 @@ from tersor.quantization.observers import MovingAverage as MovingAverage
 from tersor.quantization.observers import RangeObserver as RangeObserver
 from tersor.quantization.observers import observer_of as observer_of
 from tersor.quantization.ptq import PtqQuantizer as PtqQuantizer
+from tersor.quantization.qat import QATQuantizer as QATQuantizer
 from tersor.quantization.scaling import Scaling as Scaling
 from tersor.quantization.scaling import find_scaling as find_scaling
 from tersor.quantization.smooth import SmoothQuantizer as SmoothQuantizer

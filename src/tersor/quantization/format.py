@@ -166,10 +166,19 @@ class _Simulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, form: Format) -> Tensor:
         shifted = form._shifted(x, scale, zero_point)
-        ctx.save_for_backward((shifted >= form.low) & (shifted <= form.high))
+        ctx.form = form
+        if torch.compiler.is_compiling():  # what is fused is cheaper to compute again than to keep
+            ctx.save_for_backward(x, scale, zero_point)
+        else:
+            ctx.save_for_backward((shifted >= form.low) & (shifted <= form.high))
         return form.dequantize(form._stored(shifted), scale, zero_point).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.compiler.is_compiling():
+            shifted = ctx.form._shifted(*ctx.saved_tensors)
+            # A number and no bool: bools that pass from one kernel to another are slow on CPU (inductor of torch 2.13).
+            inside = 1 - (shifted - shifted.clamp(ctx.form.low, ctx.form.high)).sign().abs()
+            return (gradients[0] * inside).to(gradients[0].dtype), None, None, None
         (inside,) = ctx.saved_tensors
         return gradients[0] * inside, None, None, None

@@ -10,13 +10,14 @@ Config lists and quantizers name them (``observer``), see :func:`observer_of`:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from tersor.config.specs import OBSERVERS
 from tersor.errors import InvalidValueError, NumericalError, nearest
@@ -30,11 +31,22 @@ from tersor.quantization.clipping import (
 )
 from tersor.quantization.format import Format
 from tersor.quantization.histogram import Histogram, over_processes
-from tersor.training.ranks import mean_over_processes, of_each_process, processes
+from tersor.training.ranks import of_each_process, processes, sum_over_processes
 
 
 class Sized(nn.Module):
-    """A module whose buffers take the shapes that a checkpoint holds: how many scales there are is seen at run time."""
+    """A module whose buffers take the shapes that a checkpoint holds: how many scales there are is seen at run time.
+
+    They keep their type wherever the model moves: a model in bfloat16 has scales in float32.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(buffer).device)
+        return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, buffer in self._buffers.items():
@@ -105,7 +117,7 @@ class MinMax(_Range):
 
     def add(self, rows: Tensor) -> None:
         """Widen the range."""
-        minimum, maximum = rows.aminmax(dim=-1)
+        minimum, maximum = rows.amin(-1), rows.amax(-1)
         self._put(torch.minimum(self.minimum, minimum), torch.maximum(self.maximum, maximum))
 
     def synchronize(self) -> None:
@@ -121,7 +133,7 @@ class Latest(_Range):
 
     def add(self, rows: Tensor) -> None:
         """Forget what was before."""
-        self._put(*rows.aminmax(dim=-1))
+        self._put(rows.amin(-1), rows.amax(-1))
 
 
 @final
@@ -146,7 +158,7 @@ class MovingAverage(_Range):
 
     def add(self, rows: Tensor) -> None:
         """Move towards this batch's."""
-        minimum, maximum = rows.aminmax(dim=-1)
+        minimum, maximum = rows.amin(-1), rows.amax(-1)
         self._put(self._moved(self.minimum, minimum), self._moved(self.maximum, maximum))
 
     def _moved(self, average: Tensor, new: Tensor) -> Tensor:
@@ -154,7 +166,21 @@ class MovingAverage(_Range):
 
     def synchronize(self) -> None:
         """The mean of all processes' averages."""
-        self._put(mean_over_processes(self.minimum), mean_over_processes(self.maximum))
+        mean_ranges([self])
+
+
+@torch.no_grad()
+def mean_ranges(observers: Sequence[MovingAverage]) -> None:
+    """Give each of many averages its mean over the processes that have seen anything, by a single exchange."""
+    if processes() == 1 or not observers:
+        return
+    buffers = [buffer for observer in observers for buffer in (observer.minimum, observer.maximum)]
+    flat = torch.cat([buffer.flatten().to(buffers[0].device) for buffer in buffers])
+    seen = flat.isfinite()
+    total, count = sum_over_processes(torch.stack([torch.where(seen, flat, 0), seen.to(flat.dtype)]))
+    mean = torch.where(count > 0, total / count, flat)
+    for buffer, part in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(part.view(buffer.shape))
 
 
 @final

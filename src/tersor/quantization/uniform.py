@@ -32,6 +32,7 @@ class UniformQuantize(FakeQuantize):
 
     Attributes:
         enabled: False passes values untouched.
+        enables: enabled as soon as a value is watched, and so before its own rounding.
         scale: of the grid's shape, () for a whole tensor; float32.
         zero_point: of the same shape; whole numbers in float32.
     """
@@ -57,6 +58,7 @@ class UniformQuantize(FakeQuantize):
         self.live = live
         self.only_in_training = only_in_training
         self.enabled = False
+        self.enables = False
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
 
@@ -90,7 +92,9 @@ class UniformQuantize(FakeQuantize):
             self.to(value.device)
         self.observer.add(self.cut.rows(value.to(torch.promote_types(value.dtype, torch.float32))))
         if self.live:
-            self._settle()
+            self.follow()
+        if self.enables:
+            self.enabled, self.enables = True, False
 
     def settle(self) -> None:
         """Take scale and zero point from what was seen.
@@ -108,13 +112,20 @@ class UniformQuantize(FakeQuantize):
                 if never
                 else "Look for overflow in the model (float16?) or in the calibration data.",
             )
-        self._settle()
+        self.follow()
 
     @torch.no_grad()
-    def _settle(self) -> None:
+    def follow(self) -> None:
+        """As :meth:`settle`, without a look at what was seen: it costs no waiting for a device."""
         scale, zero_point = self.form.scale_and_zero_point(*self.observer.range())
         self.put("scale", scale)
         self.put("zero_point", zero_point)
+
+    def enable(self) -> None:
+        """Round from now on; where nothing was seen yet, from the first value that is."""
+        minimum, maximum = self.observer.range()
+        self.enabled = bool((minimum <= maximum).all())
+        self.enables = not self.enabled
 
     def set(self, scale: Tensor, zero_point: Tensor) -> None:
         """Give scale and zero point, of the grid's shape."""
@@ -132,16 +143,7 @@ class UniformQuantize(FakeQuantize):
         Raises:
             CheckpointError: another format, or a key is missing.
         """
-        for key, own in self.form.as_calibration().items():
-            if calibration.get(key) != own:
-                raise CheckpointError(
-                    f"{key} is {calibration.get(key)!r} in the calibration, and {own!r} in the config list",
-                    where=self.name,
-                    remedy="Make the quantizer from the config list that the calibration was made with.",
-                )
-        for key in ("scale", "zero_point"):
-            if key not in calibration:
-                raise CheckpointError(f"the calibration has no {key!r}", where=self.name)
+        check_form(self.name, self.form, calibration)
 
     def load_calibration(self, calibration: Mapping[str, Any]) -> None:
         """Fixed from now on."""
@@ -150,4 +152,22 @@ class UniformQuantize(FakeQuantize):
 
     def flags(self) -> dict[str, bool]:
         """What is on."""
-        return {"enabled": self.enabled, "live": self.live, **super().flags()}
+        return {"enabled": self.enabled, "enables": self.enables, "live": self.live, **super().flags()}
+
+
+def check_form(name: str, form: Format, calibration: Mapping[str, Any]) -> None:
+    """Refuse a calibration of a target that is stored as something else.
+
+    Raises:
+        CheckpointError: another format, or a key is missing.
+    """
+    for key, own in form.as_calibration().items():
+        if calibration.get(key) != own:
+            raise CheckpointError(
+                f"{key} is {calibration.get(key)!r} in the calibration, and {own!r} in the config list",
+                where=name,
+                remedy="Make the quantizer from the config list that the calibration was made with.",
+            )
+    for key in ("scale", "zero_point"):
+        if key not in calibration:
+            raise CheckpointError(f"the calibration has no {key!r}", where=name)

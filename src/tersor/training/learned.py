@@ -40,7 +40,7 @@ class Learned(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         value = self.value
         value.grad = None
-        value.data = fn(value.data).to(value.dtype)
+        value.data = value.data.to(fn(value.data).device)  # its type is its own: what is learned is small
         return self
 
 
