@@ -44,7 +44,8 @@ def test_defaults_of_pruning(module, targets):
         (nn.BatchNorm2d(1), ["_input_0", "weight", "_output_0"]),
         (nn.ReLU6(), ["_output_0"]),
         (nn.MaxPool2d(2), ["_output_0"]),
-        (nn.GELU(), None),
+        (nn.GELU(), ["_output_0"]),
+        (nn.Flatten(), None),
     ],
 )
 def test_defaults_of_quantization(module, targets):

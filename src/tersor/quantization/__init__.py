@@ -6,6 +6,9 @@ from tersor.quantization.base import CalibrationConfig as CalibrationConfig
 from tersor.quantization.base import FakeQuantize as FakeQuantize
 from tersor.quantization.base import Quantizer as Quantizer
 from tersor.quantization.base import straight_through as straight_through
+from tersor.quantization.bit_allocation import allocate_bits as allocate_bits
+from tersor.quantization.bit_allocation import bit_operations as bit_operations
+from tersor.quantization.bit_allocation import weight_bytes as weight_bytes
 from tersor.quantization.bnn import BNNQuantizer as BNNQuantizer
 from tersor.quantization.calibrated import CalibratedQuantizer as CalibratedQuantizer
 from tersor.quantization.clipping import entropy_range as entropy_range
@@ -20,6 +23,8 @@ from tersor.quantization.format import Format as Format
 from tersor.quantization.gptq import GPTQQuantizer as GPTQQuantizer
 from tersor.quantization.lsq import LsqQuantizer as LsqQuantizer
 from tersor.quantization.lsq_plus import LsqPlusQuantizer as LsqPlusQuantizer
+from tersor.quantization.mixed_precision import BitAllocation as BitAllocation
+from tersor.quantization.mixed_precision import mixed_precision as mixed_precision
 from tersor.quantization.observers import ByHistogram as ByHistogram
 from tersor.quantization.observers import ByValues as ByValues
 from tersor.quantization.observers import Latest as Latest
@@ -31,5 +36,6 @@ from tersor.quantization.ptq import PtqQuantizer as PtqQuantizer
 from tersor.quantization.qat import QATQuantizer as QATQuantizer
 from tersor.quantization.scaling import Scaling as Scaling
 from tersor.quantization.scaling import find_scaling as find_scaling
+from tersor.quantization.sensitivity import sensitivities as sensitivities
 from tersor.quantization.smooth import SmoothQuantizer as SmoothQuantizer
 from tersor.quantization.uniform import UniformQuantize as UniformQuantize

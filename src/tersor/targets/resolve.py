@@ -12,6 +12,7 @@ from tersor.config.entry import Entry
 from tersor.config.specs import SPECS, Align, Mode, PruningSpec, TargetSpec
 from tersor.config.values import is_activation
 from tersor.errors import ConflictError, UnmatchedError, nearest
+from tersor.graph.operations import Operation
 from tersor.targets.selection import Modules, select
 from tersor.targets.settings import SETTINGS, Setting
 
@@ -148,7 +149,13 @@ def _target_names(entry: Entry, module: nn.Module, setting: Setting) -> list[str
         names = list(dict.fromkeys((*defaults, *entry.target_settings)))
     if "weight" not in held:
         names = [name for name in names if name not in entry.implied_targets]
-    return [name for name in names if is_activation(name) or name in held]
+    return [name for name in names if (_passes(module, name) if is_activation(name) else name in held)]
+
+
+def _passes(module: nn.Module, name: str) -> bool:
+    """Whether an input or output exists: an operation has as many inputs as it computes with tensors."""
+    position = name.removeprefix("_input_")
+    return not (isinstance(module, Operation) and position.isdigit() and int(position) >= module.inputs)
 
 
 def _check_all_used(

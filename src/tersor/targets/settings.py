@@ -16,10 +16,27 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from tersor.config import values
 from tersor.config.specs import SPECS, Mode, PruningSpec, QuantizationSpec, TargetSpec
 from tersor.errors import InvalidValueError, UnmatchedError, nearest
+from tersor.graph.operations import (
+    Add,
+    Concat,
+    Div,
+    Einsum,
+    FunctionalConv,
+    FunctionalLinear,
+    FunctionalNorm,
+    Interpolate,
+    MatMul,
+    Mean,
+    Mul,
+    Stack,
+    Sub,
+    Sum,
+)
 
 ModuleType = type[nn.Module] | str
 Setting = Mapping[str, TargetSpec]
@@ -159,7 +176,14 @@ for _type in (nn.Embedding, nn.RMSNorm, nn.PReLU):
 
 for _type in (nn.Linear, _ConvNd, _BatchNorm):
     QuantizationSetting.register(_type, {"_input_0": {}, "weight": {}, "_output_0": {}})
-for _type in (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.MaxPool2d):
+for _type in (Add, Sub, Mul, Div, MatMul, Einsum, FunctionalLinear, FunctionalConv):
+    QuantizationSetting.register(_type, {"_input_0": {}, "_input_1": {}, "_output_0": {}})
+for _type in (
+    *(Concat, Stack, Mean, Sum, Interpolate, FunctionalNorm),  # inputs that share the output's grid need none
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.Hardtanh, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Hardswish),
+    *(nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softmax, nn.LogSoftmax, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    *(_MaxPoolNd, _AvgPoolNd, _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd),
+):
     QuantizationSetting.register(_type, {"_output_0": {}})
 
 DistillationSetting.register(nn.Module, {"_output_0": {}})
