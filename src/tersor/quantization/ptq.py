@@ -140,11 +140,11 @@ class PtqQuantizer(CalibratedQuantizer):
         biases = [own for own in found if wanted is not None and own[0].config.target_name == "bias"]
         others = [own for own in found if own not in activations and own not in biases]
         self._observe(activations, self.run_calibration)
-        self._observe(others, lambda: _read(others))
+        self._observe(others, lambda: self._read(others))
         self._switch(activations + others, True)
         if wanted is not None:
             self.corrected = correct_bias(self.model, wanted, list(self.batches()))
-            self._observe(biases, lambda: _read(biases))
+            self._observe(biases, lambda: self._read(biases))
             self._switch(biases, True)
 
     def _observe(self, found: Sequence[Found], run: Callable[[], None]) -> None:
@@ -163,6 +163,12 @@ class PtqQuantizer(CalibratedQuantizer):
         for _, transform in fixed:
             transform.observer.synchronize()
             transform.settle()
+
+    def _read(self, found: Sequence[Found]) -> None:
+        """Compute parameters once, so that what is put on them sees them."""
+        for target, _ in found:
+            module, _, name = self._stack(target).target.rpartition(".")
+            getattr(self.model.get_submodule(module), name)
 
     def _switch(self, found: Sequence[Found], on: bool) -> None:
         for _, transform in found:
@@ -183,9 +189,3 @@ class PtqQuantizer(CalibratedQuantizer):
                 where="equalize",
                 remedy="Fold batch norms into the layers before, or leave it out.",
             )
-
-
-def _read(found: Sequence[Found]) -> None:
-    """Compute parameters once, so that what is put on them sees them."""
-    for target, _ in found:
-        getattr(target.config.module, target.config.target_name)
