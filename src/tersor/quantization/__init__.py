@@ -3,7 +3,6 @@
 from tersor.quantization.adaround import AdaRoundQuantizer as AdaRoundQuantizer
 from tersor.quantization.awq import AWQQuantizer as AWQQuantizer
 from tersor.quantization.base import CalibrationConfig as CalibrationConfig
-from tersor.quantization.base import FakeQuantize as FakeQuantize
 from tersor.quantization.base import Quantizer as Quantizer
 from tersor.quantization.base import straight_through as straight_through
 from tersor.quantization.bit_allocation import allocate_bits as allocate_bits
@@ -19,12 +18,16 @@ from tersor.quantization.dorefa import DoReFaQuantizer as DoReFaQuantizer
 from tersor.quantization.dynamic import DynamicQuantize as DynamicQuantize
 from tersor.quantization.equalization import Equalization as Equalization
 from tersor.quantization.equalization import equalize as equalize
+from tersor.quantization.fake_quantize import FakeQuantize as FakeQuantize
 from tersor.quantization.format import Format as Format
 from tersor.quantization.gptq import GPTQQuantizer as GPTQQuantizer
 from tersor.quantization.lsq import LsqQuantizer as LsqQuantizer
 from tersor.quantization.lsq_plus import LsqPlusQuantizer as LsqPlusQuantizer
 from tersor.quantization.mixed_precision import BitAllocation as BitAllocation
 from tersor.quantization.mixed_precision import mixed_precision as mixed_precision
+from tersor.quantization.module_fusion import auto_fuse as auto_fuse
+from tersor.quantization.module_fusion import fuse_modules as fuse_modules
+from tersor.quantization.norm_folding import FrozenNorms as FrozenNorms
 from tersor.quantization.observers import ByHistogram as ByHistogram
 from tersor.quantization.observers import ByValues as ByValues
 from tersor.quantization.observers import Latest as Latest

@@ -71,6 +71,8 @@ class AWQQuantizer(MigratingQuantizer):
         8 channels: 0.weight, 0.bias -> 2.weight
     """
 
+    folds_norms = False
+
     exponents: tuple[float, ...] = ()
 
     def fake_quantize(self, target: PlannedTarget) -> FakeQuantize:

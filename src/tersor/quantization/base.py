@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -12,50 +13,20 @@ from torch.nn.modules.conv import _ConvNd
 from tersor.compressor import Compressor
 from tersor.config import Granularity, QuantizationSpec
 from tersor.config.values import is_activation
-from tersor.errors import ConflictError, UnmatchedError, nearest
+from tersor.errors import ConflictError, TraceError, UnmatchedError, nearest
+from tersor.graph.coupling import Coupling
 from tersor.quantization.cut import Cut
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.format import Format
-from tersor.quantization.observers import Sized
+from tersor.quantization.module_fusion import check_calls
+from tersor.quantization.norm_folding import Folded, NormFolded, NormFoldedBias
+from tersor.targets.activations import OUTPUT, Place
 from tersor.targets.channels import is_conv1d
 from tersor.targets.planned import OUT_CHANNEL, PlannedTarget
-from tersor.wrapping import Stage, TargetStack, Transform
+from tersor.wrapping import Stage, TargetStack
 
 CalibrationConfig = dict[str, dict[str, dict[str, Any]]]
 """``{module: {target: {key: number, string or tensor}}}``."""
-
-
-class FakeQuantize(Sized, Transform):
-    """Simulates the quantization of one target: rounds to the grid of its type and back."""
-
-    stage = Stage.QUANTIZE
-
-    @abstractmethod
-    def calibration(self) -> dict[str, Any]:
-        """What a deployed kernel needs: scale, zero point, type."""
-
-    @abstractmethod
-    def load_calibration(self, calibration: Mapping[str, Any]) -> None:
-        """Take over what :meth:`calibration` of another one returned."""
-
-    def check_calibration(self, calibration: Mapping[str, Any]) -> None:
-        """Raise a ``CheckpointError`` where :meth:`load_calibration` could not take it."""
-
-    def flags(self) -> dict[str, bool]:
-        """The attributes that say what it does by now; part of :meth:`state`."""
-        return {"watching": self.watching}
-
-    def state(self) -> dict[str, Any]:
-        """All that has to be kept to go on after a crash."""
-        return {
-            "flags": self.flags(),
-            "tensors": {name: tensor.detach().clone() for name, tensor in self.state_dict().items()},
-        }
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state` gave."""
-        for name, value in state["flags"].items():
-            setattr(self, name, value)
-        self.load_state_dict(state["tensors"])
 
 
 class Quantizer(Compressor):
@@ -63,15 +34,22 @@ class Quantizer(Compressor):
 
     ``compress()`` returns ``(model, calibration_config)``; the model stays wrapped.
 
+    What a config entry's ``fuse_names`` names is quantized as one module (``plan.fused``): the weight as it is with its
+    batch norm folded in, the output behind the last member. An algorithm sees nothing of it: :meth:`fake_quantize`
+    makes what rounds the folded weight, under the names of the group's head.
+
     Attributes:
         default_granularity: of the weights of linear layers and convolutions; anything else is one block by default.
         full_range: whether signed symmetric types use their lowest value, where the config list says nothing.
+        folds_norms: whether it rounds a weight with its batch norm folded in, as ``fuse_names`` may ask for. It cannot
+            where it works on the latent weights themselves, or on a grid that does not follow their magnitude.
         methods: the values of ``apply_method`` that it takes, besides ``bypass`` and the default ``clamp_round``.
     """
 
     mode = "quantization"
     default_granularity: Granularity = OUT_CHANNEL
     full_range: ClassVar[bool] = False
+    folds_norms: ClassVar[bool] = True
     methods: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
@@ -98,7 +76,8 @@ class Quantizer(Compressor):
 
     def latent(self, target: PlannedTarget) -> Tensor:
         """The parameter behind a target, without any simulation."""
-        return self.wrappers[target.config.module_name].tensor(target.config.target_name)
+        module, name = self.simulated_at(target)
+        return self.wrappers[module].tensor(name)
 
     def get_calibration_config(self) -> CalibrationConfig:
         """What a deployed model needs of each target of this quantizer."""
@@ -138,7 +117,7 @@ class Quantizer(Compressor):
         for target in self._quantized():
             transform = self._stack(target).find(Stage.QUANTIZE)
             assert isinstance(transform, FakeQuantize)
-            found.append((target, transform))
+            found.append((target, transform.inner if isinstance(transform, Folded) else transform))
         return found
 
     def own_state(self) -> dict[str, Any]:
@@ -153,13 +132,60 @@ class Quantizer(Compressor):
     def _quantized(self) -> list[PlannedTarget]:
         return [target for target in self.plan.targets if spec_of(target).apply_method != "bypass"]
 
+    def folded_norms(self) -> list[nn.Module]:
+        """The batch norms that are fused into the modules in front of them."""
+        return [self.model.get_submodule(group.norm) for group in self.plan.fused.values() if group.norm is not None]
+
+    def _make_plan(self, coupling: Coupling | None, example_inputs: Any) -> None:
+        super()._make_plan(coupling, example_inputs)
+        for group in self.plan.fused.values():
+            if group.norm is None:
+                continue
+            weight = group.head, "weight"
+            others = [".".join(place) for place in self.wrappers.tied(*weight) if place != weight]
+            if others:
+                raise ConflictError(
+                    f"the weight of {group.head!r}, into which {group.norm!r} is to be folded, is {others[0]} as well",
+                    where=f"fuse_names {group.names}",
+                    remedy="Leave the norm out of the group.",
+                )
+            if not self.folds_norms:
+                raise ConflictError(
+                    f"{type(self).__name__} rounds weights as they are, without the norm behind them",
+                    where=f"fuse_names {group.names}",
+                    remedy="Leave the norm out of the group, or fold it for good first, with fuse_modules.",
+                )
+        if self.plan.fused and self.example_inputs is not None:
+            with self.wrappers.detached(), suppress(TraceError):  # without a graph the names are believed
+                check_calls(self.model, self.plan.fused.values(), self.example_inputs)
+
     def _stack(self, target: PlannedTarget) -> TargetStack:
-        return self.wrappers[target.config.module_name].stack(target.config.target_name)
+        module, name = self.simulated_at(target)
+        return self.wrappers[module].stack(name)
+
+    def simulated_at(self, target: PlannedTarget) -> Place:
+        """Where the simulation of a target sits: that of a fused group's output, and of its bias, behind its head."""
+        module, name = target.place
+        group = self.plan.fused.get(module)
+        if group is not None and name.startswith(OUTPUT):
+            module = group.last
+        elif group is not None and group.norm is not None and name == "bias":
+            module = group.norm
+        return module, name
+
+    def _folding(self, target: PlannedTarget, inner: FakeQuantize) -> FakeQuantize:
+        """The simulation of what is stored, which is another value than the target where a norm is folded into it."""
+        group, name = self.plan.fused.get(target.config.module_name), target.config.target_name
+        if group is None or group.norm is None or name not in ("weight", "bias"):
+            return inner
+        head, norm = target.config.module, self.model.get_submodule(group.norm)
+        return (NormFolded if name == "weight" else NormFoldedBias)(inner, head, norm)
 
     def _wrap_targets(self) -> None:
         for target in self._quantized():
             self._check_method(target)
-        transforms = [(target, self.fake_quantize(target)) for target in self._quantized()]  # it may refuse
+        # Each of these may refuse: nothing is wrapped before all are there.
+        transforms = [(target, self._folding(target, self.fake_quantize(target))) for target in self._quantized()]
         for target, transform in transforms:
             self._stack(target).add(transform)
 

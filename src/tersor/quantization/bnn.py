@@ -53,6 +53,8 @@ class BNNQuantizer(Quantizer):
         [[1.0, -1.0, 1.0]]
     """
 
+    folds_norms = False
+
     needs_training = True
     methods = frozenset({"bnn_clamp_round"})
 

@@ -78,6 +78,8 @@ class DoReFaQuantizer(Quantizer):
         tensor([[-1.0000, -0.3333,  0.3333,  1.0000]], grad_fn=<MulBackward0>)
     """
 
+    folds_norms = False
+
     needs_training = True
     methods = frozenset({"dorefa_clamp_round_weight", "dorefa_clamp_round_output"})
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tersor.config.values import is_activation
 from tersor.errors import CheckpointError, ConflictError
-from tersor.quantization.base import FakeQuantize, Quantizer, spec_of
+from tersor.quantization.base import Quantizer, spec_of
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.format import Format
 from tersor.targets.planned import PlannedTarget
 

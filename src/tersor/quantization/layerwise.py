@@ -40,6 +40,8 @@ class LayerwiseQuantizer(CalibratedQuantizer):
             use too.
     """
 
+    folds_norms = False
+
     @abstractmethod
     def round_weights(self, weights: dict[str, Rounding]) -> None:
         """Give each weight its scales and new values, by :meth:`Rounding.settle`.

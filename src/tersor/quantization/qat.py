@@ -10,7 +10,10 @@ from tersor.compressor import Compressor
 from tersor.config import values
 from tersor.config.parse import ConfigList
 from tersor.config.values import is_activation
+from tersor.errors import ConflictError
+from tersor.graph.coupling import Coupling
 from tersor.quantization.base import FakeQuantize
+from tersor.quantization.norm_folding import FrozenNorms
 from tersor.quantization.observers import Latest, MovingAverage, mean_ranges
 from tersor.quantization.training import TrainingQuantizer
 from tersor.quantization.uniform import UniformQuantize
@@ -45,12 +48,14 @@ class QATQuantizer(TrainingQuantizer):
         config_list: what is quantized and how; an entry's ``quant_start_step`` stands for the argument.
         evaluator: how the model is trained; or use a loop of your own.
         quant_start_step: how many optimizer steps pass before values are rounded.
+        freeze_norm_step: how many optimizer steps pass before fused batch norms keep their statistics and use them; by
+            default all.
         decay: the share of a moving average that stays from batch to batch.
         example_inputs: see :class:`tersor.compressor.Compressor`.
         previous: see :meth:`tersor.compressor.Compressor.from_compressor`.
 
     Raises:
-        ConflictError: an observer is asked for that this does not use.
+        ConflictError: an observer is asked for that this does not use, or norms are to be frozen and none is fused.
         InvalidValueError: a number out of its range.
 
     Example:
@@ -79,10 +84,16 @@ class QATQuantizer(TrainingQuantizer):
         evaluator: Evaluator | None = None,
         quant_start_step: int = 0,
         *,
+        freeze_norm_step: int | None = None,
         decay: float = 0.99,
         example_inputs: Any = None,
         previous: Compressor | None = None,
     ) -> None:
+        with values.at("freeze_norm_step"):
+            self.freeze_norm_step = (
+                None if freeze_norm_step is None else values.whole(freeze_norm_step, "number of steps", low=0)
+            )
+        self._frozen: FrozenNorms | None = None
         with values.at("decay"):
             self.decay = values.number(decay, "share", low=0, high=1)
         super().__init__(
@@ -104,6 +115,7 @@ class QATQuantizer(TrainingQuantizer):
             transform.watching, transform.live, transform.enabled = True, True, False
         self.look_at_parameters()
         self._enable()
+        self._freeze()
 
     def on_step(self) -> None:
         """Bring the processes' ranges together, and round what has waited long enough."""
@@ -114,9 +126,13 @@ class QATQuantizer(TrainingQuantizer):
             for transform, _ in moving:
                 transform.follow()
         self._enable()
+        self._freeze()
 
     def on_stop(self) -> None:
-        """Watch no longer."""
+        """Watch no longer, and let norms go."""
+        if self._frozen is not None:
+            self._frozen.remove()
+            self._frozen = None
         for _, transform in self._uniform():
             transform.watching = False
 
@@ -134,6 +150,24 @@ class QATQuantizer(TrainingQuantizer):
             transform.watching = transform.live = transform.enables = False
             transform.settle()
             transform.enabled = True
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`own_state` was asked."""
+        super().load_own_state(state)
+        self._freeze()
+
+    def _make_plan(self, coupling: Coupling | None, example_inputs: Any) -> None:
+        super()._make_plan(coupling, example_inputs)
+        if self.freeze_norm_step is not None and not self.folded_norms():
+            raise ConflictError(
+                "no batch norm is fused, so none would be frozen",
+                where="freeze_norm_step",
+                remedy="Name the norms in fuse_names (see auto_fuse), or leave it out.",
+            )
+
+    def _freeze(self) -> None:
+        if self._frozen is None and self.freeze_norm_step is not None and self.steps >= self.freeze_norm_step:
+            self._frozen = FrozenNorms(self.folded_norms())
 
     def _enable(self) -> None:
         for target, transform in self._uniform():

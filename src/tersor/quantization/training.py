@@ -91,7 +91,7 @@ class TrainingQuantizer(Quantizer):
         for target in self._quantized():
             transform = self._stack(target).find(Stage.QUANTIZE)
             assert transform is not None
-            for module, name in self.wrappers.tied(*target.place):
+            for module, name in self.wrappers.tied(*self.simulated_at(target)):
                 self.wrappers[module].stack(name).put(transform)
 
     def _check_ties(self) -> None:

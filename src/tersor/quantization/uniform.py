@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tersor.errors import CheckpointError, InvalidValueError, NumericalError
-from tersor.quantization.base import FakeQuantize
 from tersor.quantization.cut import Cut
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.format import Format
 from tersor.quantization.observers import RangeObserver
 

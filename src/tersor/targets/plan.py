@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tersor.errors import ConflictError, UnmatchedError, nearest
 from tersor.graph.coupling import Coupling, coupling_of
 from tersor.graph.inputs import refuse_lazy
 from tersor.targets.activations import Place, values_at
+from tersor.targets.fused import FusedGroup, fused_groups
 from tersor.targets.planned import OUT_CHANNEL, PlannedTarget, place, plan_target, qualified
 from tersor.targets.resolve import TargetConfig, resolve_targets
 from tersor.targets.rows import PlanRow, plan_rows, rows_table
@@ -34,6 +36,7 @@ class Plan:
         skipped: modules with parameters that have none, with the reason.
         coupling: what depends on what; None without example inputs.
         entries: the parsed config list.
+        fused: what is quantized as if it were one module, by the name of the first.
     """
 
     def __init__(
@@ -43,17 +46,19 @@ class Plan:
         skipped: Mapping[str, str],
         coupling: Coupling | None,
         entries: tuple[Entry, ...] = (),
+        fused: Mapping[str, FusedGroup] = MappingProxyType({}),
     ) -> None:
         self.mode: Mode = mode
         self.targets = targets
         self.skipped = skipped
         self.coupling = coupling
         self.entries = entries
+        self.fused = fused
 
     @cached_property
     def rows(self) -> tuple[PlanRow, ...]:
         """The plan, a line for each target."""
-        return plan_rows(self.mode, self.targets)
+        return plan_rows(self.mode, self.targets, self.fused)
 
     def table(self) -> Table:
         """The plan as a rich table; modules that are skipped stand below, with the reason.
@@ -152,11 +157,14 @@ def make_plan(
     entries = tuple(parse_config_list(config_list, mode))
     resolution = resolve_targets(model, entries, mode)
     shapes = _activation_shapes(model, resolution.targets, coupling) if mode == "pruning" else {}
+    fused = fused_groups(model, entries, resolution.targets)
+    members = {name: f"fused into {group.head!r}" for group in fused.values() for name in group.names[1:]}
     targets = tuple(
         plan_target(target, coupling, default_granularity, balance=default_balance, shape=shapes.get(place(target)))
         for target in resolution.targets
+        if target.module_name not in members
     )
-    return Plan(mode, targets, resolution.skipped, coupling, entries)
+    return Plan(mode, targets, {**resolution.skipped, **members}, coupling, entries, fused)
 
 
 def _activation_shapes(

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from tersor.config import Mode, PruningSpec
 from tersor.targets.choices import Choices, choices
+from tersor.targets.fused import FusedGroup
 from tersor.targets.planned import PlannedTarget
 from tersor.targets.settings import SETTINGS
 
@@ -30,7 +31,7 @@ class PlanRow:
         type: class name.
         target: name.
         setting: the keys that apply, as a user would write them.
-        group: dependency and global group.
+        group: dependency and global group, or the modules that it is fused with.
         blocks: how many blocks there are.
         removes: how many of them will go, where that is decided by this target alone.
         action: ``prune``, ``align``, ``quantize``, ``distil`` or ``nothing``.
@@ -48,19 +49,19 @@ class PlanRow:
     reason: str
 
 
-def plan_rows(mode: Mode, targets: Sequence[PlannedTarget]) -> tuple[PlanRow, ...]:
+def plan_rows(mode: Mode, targets: Sequence[PlannedTarget], fused: Mapping[str, FusedGroup]) -> tuple[PlanRow, ...]:
     """A line for each target."""
     sets: dict[PlannedTarget, list[Choices]] = defaultdict(list)
     for parts in choices(targets) if mode == "pruning" else ():
         for part in parts:
             sets[part.target].append(parts)
-    return tuple(_row(mode, target, sets.get(target, [])) for target in targets)
+    return tuple(_row(mode, target, sets.get(target, []), fused.get(target.config.module_name)) for target in targets)
 
 
-def _row(mode: Mode, target: PlannedTarget, sets: Sequence[Choices]) -> PlanRow:
+def _row(mode: Mode, target: PlannedTarget, sets: Sequence[Choices], fused: FusedGroup | None) -> PlanRow:
     config, spec = target.config, target.config.spec
     action, removes, reason = {"quantization": "quantize", "distillation": "distil"}.get(mode, "prune"), None, ""
-    group = ""
+    group = " + ".join(fused.names) if fused else ""
     if isinstance(spec, PruningSpec):
         action, removes, reason = _pruning_action(target, spec, sets)
         group = " ".join(name for name in (spec.dependency_group_id, spec.global_group_id) if name)
