@@ -347,6 +347,23 @@ def test_two_processes_have_equal_ranges():
     torch.testing.assert_close(one["first"], expected)
 
 
+def test_dynamic_inputs_are_rounded_by_their_own_range(made):
+    """For each token by itself, from the step on that is asked for, and after the training too."""
+    layer = nn.Linear(4, 2)
+    config = [{**LAYER[0], "target_settings": {"_input_0": {"dynamic": True, "granularity": [-1]}}}]
+    quantizer = made(layer, config, None, 1)
+    quantizer.start()
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    train(layer, quantizer, sgd(layer), [(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))] * 2)
+    quantizer.finish()
+    x = torch.tensor([[7.0, 0.4, 0.6, -3.0], [0.7, 0.04, 0.06, -0.3]])
+    layer.eval()(x)
+    handle.remove()
+    torch.testing.assert_close(seen[-1], torch.tensor([[7.0, 0.0, 1.0, -3.0], [0.7, 0.0, 0.1, -0.3]]))
+    assert len(seen[0].unique()) > 15
+
+
 class TestRefusals:
     def test_no_training(self, made):
         with pytest.raises(TrainingError, match="QATQuantizer learns while the model trains"):

@@ -11,6 +11,7 @@ from tersor.config import values
 from tersor.config.parse import ConfigList
 from tersor.config.values import is_activation
 from tersor.quantization.base import FakeQuantize
+from tersor.quantization.dynamic import DynamicQuantize, dynamic
 from tersor.quantization.observers import Latest, MovingAverage, mean_ranges
 from tersor.quantization.training import TrainingQuantizer
 from tersor.quantization.uniform import UniformQuantize
@@ -90,7 +91,10 @@ class QATQuantizer(TrainingQuantizer):
         )
 
     def fake_quantize(self, target: PlannedTarget) -> FakeQuantize:
-        """The latest range of a parameter, the moving average of an input or output."""
+        """The latest range of a parameter, the moving average of an input or output unless it is dynamic."""
+        at_run_time = dynamic(self, target)
+        if at_run_time is not None:
+            return at_run_time
         activation = is_activation(target.config.target_name)
         self._refuse_observer(target, "moving_average" if activation else "minmax")
         observer = MovingAverage(self.decay) if activation else Latest()
@@ -134,10 +138,15 @@ class QATQuantizer(TrainingQuantizer):
             transform.watching = transform.live = transform.enables = False
             transform.settle()
             transform.enabled = True
+        self._enable(whether_due=False)
 
-    def _enable(self) -> None:
-        for target, transform in self._uniform():
-            if not transform.enabled and self.due(target):
+    def _enable(self, *, whether_due: bool = True) -> None:
+        for target, transform in self.transforms():
+            if whether_due and not self.due(target):
+                continue
+            if isinstance(transform, DynamicQuantize):
+                transform.enabled = True
+            elif isinstance(transform, UniformQuantize) and not transform.enabled:
                 transform.enable()
 
     def _uniform(self) -> list[tuple[PlannedTarget, UniformQuantize]]:
