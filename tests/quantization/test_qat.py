@@ -301,7 +301,7 @@ def test_in_bfloat16(made, how):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 def test_a_compiled_step_is_one_graph_and_computes_the_same(made):
     torch.manual_seed(0)
-    eager = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    eager = nn.Sequential(nn.SiLU(), nn.Linear(4, 3))
     model, batches = copy.deepcopy(eager), [(torch.randn(5, 4), torch.arange(5) % 3) for _ in range(6)]
     config = [{**ALL[0], "op_types": ["Linear"]}]
     one, other = made(eager, config), made(model, config)
@@ -317,7 +317,7 @@ def test_a_compiled_step_is_one_graph_and_computes_the_same(made):
     train(model, other, optimizer, batches[2:], compiled)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == 2  # the first batch begins the rounding
     assert not torch._dynamo.utils.counters["graph_break"]
-    torch.testing.assert_close(model[0].weight, eager[0].weight)
+    torch.testing.assert_close(model[1].weight, eager[1].weight)
     for quantizer in (one, other):
         quantizer.finish()
     torch.testing.assert_close(model.eval()(batches[0][0]), eager.eval()(batches[0][0]))
@@ -345,6 +345,23 @@ def test_two_processes_have_equal_ranges():
     images = torch.stack([BATCHES[rank][0] for rank in range(2)])
     expected = torch.stack([images.amin((1, 2, 3, 4)).mean(), images.amax((1, 2, 3, 4)).mean()])
     torch.testing.assert_close(one["first"], expected)
+
+
+def test_dynamic_inputs_are_rounded_by_their_own_range(made):
+    """For each token by itself, from the step on that is asked for, and after the training too."""
+    layer = nn.Linear(4, 2)
+    config = [{**LAYER[0], "target_settings": {"_input_0": {"dynamic": True, "granularity": [-1]}}}]
+    quantizer = made(layer, config, None, 1)
+    quantizer.start()
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    train(layer, quantizer, sgd(layer), [(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))] * 2)
+    quantizer.finish()
+    x = torch.tensor([[7.0, 0.4, 0.6, -3.0], [0.7, 0.04, 0.06, -0.3]])
+    layer.eval()(x)
+    handle.remove()
+    torch.testing.assert_close(seen[-1], torch.tensor([[7.0, 0.0, 1.0, -3.0], [0.7, 0.0, 0.1, -0.3]]))
+    assert len(seen[0].unique()) > 15
 
 
 class TestRefusals:

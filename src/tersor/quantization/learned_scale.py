@@ -120,7 +120,7 @@ class LearnedUniform(FakeQuantize):
             return
         self._follow(value)
         scale, zero_point = self.first(self.cut.rows(value.to(torch.promote_types(value.dtype, torch.float32))))
-        scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1, scale)
+        scale = above_zero(scale)
         if scale.shape != self.first_scale.shape:
             self.resize(scale.shape)
         self.seen.add_(1)
@@ -330,6 +330,11 @@ class LearnedScaleQuantizer(TrainingQuantizer):
 
     def _learned(self) -> list[tuple[PlannedTarget, LearnedUniform]]:
         return [(target, own) for target, own in self.transforms() if isinstance(own, LearnedUniform)]
+
+
+def above_zero(scale: Tensor) -> Tensor:
+    """Scales of blocks that hold nothing but zeros become 1."""
+    return torch.where(scale < torch.finfo(torch.float32).tiny, 1, scale)
 
 
 @torch.no_grad()

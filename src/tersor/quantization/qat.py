@@ -13,6 +13,7 @@ from tersor.config.values import is_activation
 from tersor.errors import ConflictError
 from tersor.graph.coupling import Coupling
 from tersor.quantization.base import FakeQuantize
+from tersor.quantization.dynamic import DynamicQuantize, dynamic
 from tersor.quantization.norm_folding import FrozenNorms
 from tersor.quantization.observers import Latest, MovingAverage, mean_ranges
 from tersor.quantization.training import TrainingQuantizer
@@ -101,7 +102,10 @@ class QATQuantizer(TrainingQuantizer):
         )
 
     def fake_quantize(self, target: PlannedTarget) -> FakeQuantize:
-        """The latest range of a parameter, the moving average of an input or output."""
+        """The latest range of a parameter, the moving average of an input or output unless it is dynamic."""
+        at_run_time = dynamic(self, target)
+        if at_run_time is not None:
+            return at_run_time
         activation = is_activation(target.config.target_name)
         self._refuse_observer(target, "moving_average" if activation else "minmax")
         observer = MovingAverage(self.decay) if activation else Latest()
@@ -150,6 +154,7 @@ class QATQuantizer(TrainingQuantizer):
             transform.watching = transform.live = transform.enables = False
             transform.settle()
             transform.enabled = True
+        self._enable(whether_due=False)
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`own_state` was asked."""
@@ -169,9 +174,13 @@ class QATQuantizer(TrainingQuantizer):
         if self._frozen is None and self.freeze_norm_step is not None and self.steps >= self.freeze_norm_step:
             self._frozen = FrozenNorms(self.folded_norms())
 
-    def _enable(self) -> None:
-        for target, transform in self._uniform():
-            if not transform.enabled and self.due(target):
+    def _enable(self, *, whether_due: bool = True) -> None:
+        for target, transform in self.transforms():
+            if whether_due and not self.due(target):
+                continue
+            if isinstance(transform, DynamicQuantize):
+                transform.enabled = True
+            elif isinstance(transform, UniformQuantize) and not transform.enabled:
                 transform.enable()
 
     def _uniform(self) -> list[tuple[PlannedTarget, UniformQuantize]]:
