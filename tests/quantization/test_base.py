@@ -127,6 +127,8 @@ def test_the_calibration_makes_a_fresh_quantizer_equal(tmp_path):
         (lambda c: c.update(hiden=c.pop("hidden")), UnmatchedError, "hiden.*Did you mean 'hidden"),
         (lambda c: c["hidden"]["weight"].update(quant_dtype="int4"), CheckpointError, "quant_dtype is 'int4'"),
         (lambda c: c["hidden"]["weight"].pop("scale"), CheckpointError, "no 'scale'"),
+        (lambda c: c["hidden"]["weight"].update(scale=torch.ones(10)), CheckpointError, r"\(10,\) blocks .* \(10, 1\)"),
+        (lambda c: c["hidden"]["_input_0"].update(scale=torch.ones(1)), CheckpointError, r"\(1,\) blocks .* \(\)"),
     ],
 )
 def test_a_calibration_that_does_not_fit_changes_nothing(change, error, message):

@@ -201,8 +201,12 @@ def test_deepcopy_and_compile_of_a_wrapped_model():
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(x), expected)
     torch.compiler.reset()
+    wrappers.mask("0", "bias")
     wrappers.detach()
     assert not any(isinstance(module, TargetStack) for module in model.modules())
+    assert type(model[0]) is nn.Conv2d
+    assert torch.equal(clone(x), expected)  # it shared a class with the model, from which torch takes properties
+    assert clone[0].weight.abs().sum() < model[0].weight.abs().sum()
 
 
 def test_errors():

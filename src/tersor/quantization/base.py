@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from tersor.compressor import Compressor
 from tersor.config import Granularity, QuantizationSpec
 from tersor.config.values import is_activation
-from tersor.errors import ConflictError, TraceError, UnmatchedError, nearest
+from tersor.errors import CheckpointError, ConflictError, TraceError, UnmatchedError, nearest
 from tersor.graph.coupling import Coupling
 from tersor.quantization.cut import Cut
 from tersor.quantization.fake_quantize import FakeQuantize
@@ -92,9 +92,9 @@ class Quantizer(Compressor):
 
         Raises:
             UnmatchedError: it names a target that this quantizer does not have; nothing is changed then.
-            CheckpointError: it was made for other types; nothing is changed either.
+            CheckpointError: it was made for other types or blocks; nothing is changed either.
         """
-        known = {target.name: transform for target, transform in self.transforms()}
+        known = {target.name: (target, transform) for target, transform in self.transforms()}
         asked = {
             f"{module}.{name}" if module else name: calibration
             for module, targets in config.items()
@@ -103,9 +103,25 @@ class Quantizer(Compressor):
         for name, calibration in asked.items():
             if name not in known:
                 raise UnmatchedError("this quantizer has no such target", where=name, remedy=nearest(name, known))
-            known[name].check_calibration(calibration)
+            target, transform = known[name]
+            transform.check_calibration(calibration)
+            self._check_blocks(target, transform, calibration)
         for name, calibration in asked.items():
-            known[name].load_calibration(calibration)
+            known[name][1].load_calibration(calibration)
+
+    def _check_blocks(self, target: PlannedTarget, transform: FakeQuantize, calibration: Mapping[str, Any]) -> None:
+        """Refuse scales for other blocks; those of an input or output cut in blocks are known at run time alone."""
+        cut, scale = getattr(transform, "cut", None), calibration.get("scale")
+        is_input = is_activation(target.config.target_name)
+        if not isinstance(cut, Cut) or not isinstance(scale, Tensor) or (is_input and cut.granularity is not None):
+            return
+        grid = () if is_input else cut.grid(self.latent(target).shape)
+        if scale.shape != grid:
+            raise CheckpointError(
+                f"there are scales for {tuple(scale.shape)} blocks in the calibration, and it has {grid}",
+                where=target.name,
+                remedy="Make the quantizer from the config list that the calibration was made with.",
+            )
 
     def result(self) -> tuple[nn.Module, CalibrationConfig]:
         """The wrapped model and its calibration."""

@@ -99,6 +99,13 @@ class MigratingQuantizer(CalibratedQuantizer):
             if kernel.name in wanted:
                 yield kernel, wanted[kernel.name]
 
+    def used(self, kernel: Kernel) -> Tensor:
+        """A parameter as the model computes with it, with masked elements as zeros."""
+        module, _, name = kernel.name.rpartition(".")
+        value = getattr(self.model.get_submodule(module), name)
+        assert isinstance(value, Tensor)
+        return value.detach()
+
     def run_watching(self, watch: Callable[[str, nn.Module, Tensor], None]) -> None:
         """Run all calibration batches, and show what each reader is given: its weight's name, the module, the input."""
         with ExitStack() as stack:

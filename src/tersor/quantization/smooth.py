@@ -149,7 +149,7 @@ class SmoothQuantizer(MigratingQuantizer):
     def _factors(self, group: ScaleGroup, largest: dict[str, Tensor], alpha: float) -> Tensor:
         called = [kernel for kernel, _ in self.read_by(group) if kernel.name in largest]
         activations = group.largest((kernel.inputs, largest[kernel.name]) for kernel in called)
-        weights = group.largest((own.inputs, input_ranges(own.matrices(own.sides.parameter))) for own in group.readers)
+        weights = group.largest((own.inputs, input_ranges(own.matrices(self.used(own)))) for own in group.readers)
         return smoothing(activations, weights, alpha)
 
     def _errors(self, groups: Sequence[ScaleGroup], choices: Sequence[Sequence[Tensor]]) -> Tensor:

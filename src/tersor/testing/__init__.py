@@ -2,3 +2,4 @@
 
 from tersor.testing.propagation import PropagationRuleTestCase as PropagationRuleTestCase
 from tersor.testing.pruner import PrunerTestCase as PrunerTestCase
+from tersor.testing.quantizer import QuantizerTestCase as QuantizerTestCase

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,13 +10,12 @@ from types import MappingProxyType
 from typing import Any, Literal
 from unittest import SkipTest
 
-import torch
 from torch import Tensor, nn
 
 from tersor.pruning import AGPPruner, LinearPruner, Pruner
 from tersor.pruning.schedule import ScheduledPruner
 from tersor.testing.checks import assert_equal, assert_exact, decided, flat, mask_of, removed, values_of
-from tersor.testing.toys import BATCHES, EXAMPLE, Batch, ToyDistiller, ToyNetwork, ToyQuantizer, ToyTraining
+from tersor.testing.toys import BATCHES, EXAMPLE, Batch, ToyDistiller, ToyNetwork, ToyQuantizer, ToyTraining, calm
 from tersor.training import Evaluator
 
 Entry = dict[str, Any]
@@ -58,20 +56,6 @@ class Pruning:
         self.pruner.unwrap_model()
         parameters = dict(self.model.named_parameters())
         return masks | {name: of for name, of in values_of(self.model).items() if buffers or name in parameters}
-
-    def save(self) -> bytes:
-        """What a run that may crash keeps."""
-        file = io.BytesIO()
-        objects = {"pruner": self.pruner, "model": self.model, "optimizer": self.training.optimizer}
-        torch.save({name: of.state_dict() for name, of in objects.items()}, file)
-        return file.getvalue()
-
-    def load(self, saved: bytes) -> None:
-        """Go on from there."""
-        state = torch.load(io.BytesIO(saved), weights_only=True)
-        self.pruner.load_state_dict(state["pruner"])
-        self.model.load_state_dict(state["model"])
-        self.training.optimizer.load_state_dict(state["optimizer"])
 
 
 class PruningScenarios(ABC):
@@ -151,7 +135,7 @@ class PruningScenarios(ABC):
             rank: which of two processes this is: each has batches, and a seed of torch, of its own.
             schedule: what is put over the pruner.
         """
-        with _calm(seed if rank is None else rank):
+        with calm(seed if rank is None else rank):
             model = ToyNetwork(seed)
             if rank is not None:
                 self.batches = BATCHES[rank::2]
@@ -173,7 +157,7 @@ class PruningScenarios(ABC):
     @contextmanager
     def _fused(self, *, first: bool) -> Iterator[tuple[Pruning, ToyDistiller]]:
         """The pruner with a quantizer and a distiller, made first or last of the three."""
-        with _calm(seed=0):
+        with calm(seed=0):
             model = ToyNetwork()
             training = ToyTraining(model)
             quantized = [{"op_names": list(self.modules), "target_names": ["weight", "_output_0"]}]
@@ -210,23 +194,12 @@ class PruningScenarios(ABC):
         """A loop that ends after some of its steps and goes on in objects that are made anew comes to the same."""
         saved: dict[int, bytes] = {}
         with self._pruning(self._config(), "loop", schedule=schedule) as pruning:
-            self._loop(pruning, range(steps), lambda number: saved.update({number: pruning.save()}))
+            self._loop(
+                pruning, range(steps), lambda number: saved.update({number: pruning.training.save(pruning.pruner)})
+            )
             expected = pruning.result()
         for number in crashes:
             with self._pruning(self._config(), "loop", seed=1, schedule=schedule) as pruning:
-                pruning.load(saved[number])
+                pruning.training.load(pruning.pruner, saved[number])
                 self._loop(pruning, range(number, steps))
                 assert_equal(expected, pruning.result(), f"when step {number} was the last before a crash")
-
-
-@contextmanager
-def _calm(seed: int) -> Iterator[None]:
-    """A seed of its own, and one thread: with so little to compute, several would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        torch.set_num_threads(threads)

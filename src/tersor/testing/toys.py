@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import cycle, islice
 from typing import Any, final
 
@@ -62,6 +64,36 @@ class ToyNetwork(nn.Module):
         x = self.stem_norm(self.stem(x)).relu()
         x = x + self.right(self.left_norm(self.left(x)).relu())
         return self.head(self.hidden(x.relu().mean((2, 3))).relu())
+
+
+@final
+class Halves(nn.Module):
+    """Cuts features in two, and gives the halves by name."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """``low`` and ``high``."""
+        low, high = x.chunk(2, -1)
+        return {"low": low, "high": high}
+
+
+@final
+class ToyHalves(nn.Module):
+    """A network of 51 parameters in which a module, ``halves``, gives its outputs by name.
+
+    Args:
+        seed: of all values.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.halves, self.head = Halves(), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Three scores for each image."""
+        halves = self.halves(x=x.flatten(1))
+        return self.head(halves["low"] - halves["high"])
 
 
 @final
@@ -127,6 +159,20 @@ class ToyTraining:
         self.optimizer.step()
         compressor.step()
 
+    def save(self, compressor: Compressor) -> bytes:
+        """What a run that may crash keeps."""
+        file = io.BytesIO()
+        objects = {"compressor": compressor, "model": self.model, "optimizer": self.optimizer}
+        torch.save({name: of.state_dict() for name, of in objects.items()}, file)
+        return file.getvalue()
+
+    def load(self, compressor: Compressor, saved: bytes) -> None:
+        """Go on from there, with a compressor that was made in the same way."""
+        state = torch.load(io.BytesIO(saved), weights_only=True)
+        compressor.load_state_dict(state["compressor"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
     def _average(self) -> None:
         for parameter in self.model.parameters():
             if parameter.grad is not None:
@@ -177,3 +223,16 @@ class ToyDistiller(Distiller):
         loss = torch.stack([value.square().mean() for value in observed.values()]).sum()
         self.losses.append(loss.item())
         return loss
+
+
+@contextmanager
+def calm(seed: int) -> Iterator[None]:
+    """A seed of its own, and one thread: with so little to compute, several would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
