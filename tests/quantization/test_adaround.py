@@ -126,7 +126,8 @@ def test_masked_weights_stay_zero():
 
 def test_activations_are_calibrated_on_what_the_rounded_weights_give():
     model = mlp()
-    quantizer, calibration = quantized(model, [{**config(8)[0], "target_names": ["_input_0", "weight"]}])
+    both = {**config(8)[0], "target_names": ["_input_0", "weight"], "observer": "minmax"}
+    quantizer, calibration = quantized(model, [both])
     plain = copy.deepcopy(quantizer.unwrap_model())
     assert calibration["0"]["_input_0"]["scale"] == X.abs().max() / 127
     assert calibration["4"]["_input_0"]["scale"] == plain[:4](X).abs().max() / 127

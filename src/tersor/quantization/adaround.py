@@ -14,9 +14,9 @@ from tersor.compressor import Compressor
 from tersor.config import FloatDtype, values
 from tersor.config.parse import ConfigList
 from tersor.errors import ConflictError
+from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.layerwise import LayerwiseQuantizer, Rounding
 from tersor.quantization.learned_rounding import Learning, adaround
-from tersor.quantization.uniform import UniformQuantize
 from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
 from tersor.training.layer_inputs import unfold_inputs, weight_rows
@@ -121,16 +121,16 @@ class AdaRoundQuantizer(LayerwiseQuantizer):
                 )
                 weight.settle(rows, *scales)
 
-    def fake_quantize(self, target: PlannedTarget) -> UniformQuantize:
+    def fake_quantize(self, target: PlannedTarget) -> FakeQuantize:
         """Uniform, of an integer type where it is a weight."""
-        transform = super().fake_quantize(target)
-        if target.config.target_name == "weight" and isinstance(transform.form.dtype, FloatDtype):
+        dtype = self.form(target).dtype
+        if target.config.target_name == "weight" and isinstance(dtype, FloatDtype):
             raise ConflictError(
-                f"{transform.form.dtype.as_config()} is not evenly spaced, and AdaRound learns steps of one size",
+                f"{dtype.as_config()} is not evenly spaced, and AdaRound learns steps of one size",
                 where=f"{target.config.where} on {target.name}",
                 remedy="Use an integer type, or GPTQQuantizer.",
             )
-        return transform
+        return super().fake_quantize(target)
 
 
 class _Drawn:

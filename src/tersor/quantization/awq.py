@@ -12,7 +12,7 @@ from tersor.errors import ConflictError
 from tersor.quantization.base import FakeQuantize, spec_of
 from tersor.quantization.cut import Cut
 from tersor.quantization.format import Format
-from tersor.quantization.migration import MigratingQuantizer, by_channel, finite, refuse_observers, rounded, weight_of
+from tersor.quantization.migration import MigratingQuantizer, by_channel, finite, rounded, weight_of
 from tersor.quantization.observers import Latest
 from tersor.quantization.scaling import Kernel, ScaleGroup
 from tersor.quantization.uniform import UniformQuantize
@@ -77,12 +77,14 @@ class AWQQuantizer(MigratingQuantizer):
 
     def fake_quantize(self, target: PlannedTarget) -> FakeQuantize:
         """Even steps, with fixed scales."""
-        refuse_observers(target, "AWQQuantizer")
-        if target.config.target_name != "weight" or spec_of(target).dynamic:
+        spec, where = spec_of(target), f"{target.config.where} on {target.name}"
+        if target.config.target_name != "weight" or spec.dynamic:
             raise ConflictError(
-                "AWQ quantizes weights alone, with fixed scales",
-                where=f"{target.config.where} on {target.name}",
-                remedy="Set target_names: ['weight'].",
+                "AWQ quantizes weights alone, with fixed scales", where=where, remedy="Set target_names: ['weight']."
+            )
+        if spec.observer not in (None, "minmax"):
+            raise ConflictError(
+                f"AWQ searches ranges itself, not by {spec.observer!r}", where=where, remedy="Leave observer out."
             )
         weight_rows(target.config.module, self.latent(target))  # refuses what is no such layer
         return UniformQuantize(target.name, self.form(target), self.cut(target), Latest())

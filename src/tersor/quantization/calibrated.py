@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
+from torch import nn
 
 from tersor.compressor import Compressor
 from tersor.config.parse import ConfigList
+from tersor.config.values import is_activation
 from tersor.errors import InvalidValueError
-from tersor.quantization.base import Quantizer
+from tersor.quantization.base import Quantizer, spec_of
+from tersor.quantization.dynamic import DynamicQuantize, dynamic
+from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.format import Format
+from tersor.quantization.observers import RangeObserver, observer_of
+from tersor.quantization.uniform import UniformQuantize
+from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
 from tersor.training.batches import to_device
 from tersor.training.evaluator import modes_kept
 from tersor.training.loops import device_of
 from tersor.training.stages import inputs_of
+
+ObserverChoice: TypeAlias = str | Callable[[Format], RangeObserver]
+"""The name of an observer, or what makes one for a format."""
+Found: TypeAlias = tuple[PlannedTarget, FakeQuantize]
 
 
 class CalibratedQuantizer(Quantizer):
@@ -34,13 +46,19 @@ class CalibratedQuantizer(Quantizer):
         calibration: batches like those of training, whose targets are not looked at; some hundred samples.
         example_inputs: see :class:`tersor.compressor.Compressor`.
         previous: see :meth:`tersor.compressor.Compressor.from_compressor`.
+
+    Attributes:
+        observer: of inputs and outputs, where the config list names none.
+        weight_observer: of parameters, likewise.
     """
 
     post_training: ClassVar[bool] = True
+    observer: ObserverChoice = "mse"
+    weight_observer: ObserverChoice = "minmax"
 
     def __init__(
         self,
-        model: Any,
+        model: nn.Module,
         config_list: ConfigList,
         evaluator: Evaluator | None = None,
         *,
@@ -48,9 +66,24 @@ class CalibratedQuantizer(Quantizer):
         example_inputs: Any = None,
         previous: Compressor | None = None,
     ) -> None:
-        self.calibration = calibration
+        # What can be gone through once alone is kept: methods look at the data several times.
+        self.calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
         self._max_batches: int | None = None
         super().__init__(model, config_list, evaluator, example_inputs=example_inputs, previous=previous)
+
+    def fake_quantize(self, target: PlannedTarget) -> FakeQuantize:
+        """Fixed scales, unless the target is dynamic."""
+        found = dynamic(self, target)
+        if found is not None:
+            return found
+        return UniformQuantize(target.name, self.form(target), self.cut(target), self.observer_for(target))
+
+    def observer_for(self, target: PlannedTarget) -> RangeObserver:
+        """A new observer, as the config list has it, else as the quantizer has it."""
+        at_hand = not is_activation(target.config.target_name)
+        choice = spec_of(target).observer or (self.weight_observer if at_hand else self.observer)
+        form = self.form(target)
+        return observer_of(choice, form, at_hand=at_hand) if isinstance(choice, str) else choice(form)
 
     @abstractmethod
     def calibrate(self) -> None:
@@ -95,6 +128,48 @@ class CalibratedQuantizer(Quantizer):
         for batch in self.batches():
             args, kwargs = inputs_of(to_device(batch, device))
             self.model(*args, **kwargs)
+
+    def find_ranges(self, found: Sequence[Found]) -> None:
+        """Let new observers see parameters, and a run on calibration data; then fix the scales.
+
+        Dynamic targets need none; where there are no others, nothing is run.
+
+        Raises:
+            InvalidValueError: there is no calibration data, and an input or output to be seen.
+            NumericalError: a target was never reached, or its values are not finite.
+        """
+        fixed = [(target, transform) for target, transform in found if isinstance(transform, UniformQuantize)]
+        activations = [own for own in fixed if is_activation(own[0].config.target_name)]
+        parameters = [own for own in fixed if own not in activations]
+        if activations:
+            self._observe(activations, self.run_calibration)
+        self._observe(parameters, lambda: self._read(parameters))
+
+    def _observe(self, fixed: Sequence[tuple[PlannedTarget, UniformQuantize]], run: Callable[[], None]) -> None:
+        for target, transform in fixed:
+            transform.observer = self.observer_for(target).to(transform.scale.device)
+            transform.watching = True
+        try:
+            run()
+        finally:
+            for _, transform in fixed:
+                transform.watching = False
+        for _, transform in fixed:
+            transform.observer.synchronize()
+            transform.settle()
+
+    def _read(self, found: Sequence[tuple[PlannedTarget, UniformQuantize]]) -> None:
+        """Compute parameters once, so that what is put on them sees them."""
+        for target, _ in found:
+            module, name = self.simulated_at(target)
+            getattr(self.model.get_submodule(module), name)
+
+
+def switch(found: Iterable[Found], on: bool) -> None:
+    """Whether values are rounded."""
+    for _, transform in found:
+        assert isinstance(transform, (UniformQuantize, DynamicQuantize))
+        transform.enabled = on
 
 
 @contextmanager

@@ -8,11 +8,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from tersor.config.values import is_activation
 from tersor.errors import ConflictError
-from tersor.quantization.base import FakeQuantize, spec_of
-from tersor.quantization.calibrated import CalibratedQuantizer
-from tersor.quantization.observers import MinMax, MovingAverage, RangeObserver
+from tersor.quantization.base import FakeQuantize
+from tersor.quantization.calibrated import CalibratedQuantizer, switch
 from tersor.quantization.second_order import Fit
 from tersor.quantization.uniform import UniformQuantize
 from tersor.targets.channels import is_conv1d
@@ -50,36 +48,20 @@ class LayerwiseQuantizer(CalibratedQuantizer):
             weights: by the name of the module.
         """
 
-    def fake_quantize(self, target: PlannedTarget) -> UniformQuantize:
-        """Uniform; a weight's ranges are the least and the greatest value by default."""
-        return UniformQuantize(target.name, self.form(target), self.cut(target), _observer(target))
-
     def calibrate(self) -> None:
         """Round the weights, then find the scales of all else."""
-        transforms = [(target, _uniform(target, transform)) for target, transform in self.transforms()]
-        for _, transform in transforms:
-            transform.enabled = False
+        found = self.transforms()
+        switch(found, False)
         weights = {
             target.config.module_name: Rounding(target, transform, self.latent(target), self._mask(target))
-            for target, transform in transforms
+            for target, transform in found
             if target.config.target_name == "weight"
         }
-        others = [transform for target, transform in transforms if target.config.target_name != "weight"]
+        others = [own for own in found if own[0].config.target_name != "weight"]
         if weights:
             self.round_weights(weights)
-        if not others:
-            return
-        for transform in others:
-            transform.watching = True
-        try:
-            self.run_calibration()
-        finally:
-            for transform in others:
-                transform.watching = False
-        for transform in others:
-            transform.observer.synchronize()
-            transform.settle()
-            transform.enabled = True
+        self.find_ranges(others)
+        switch(others, True)
 
     def _mask(self, target: PlannedTarget) -> Tensor | None:
         mask = self._stack(target).find(Stage.MASK)
@@ -124,7 +106,8 @@ class Rounding:
         keep: the mask of a pruner, of the weight's shape, True keeps; None where nothing is masked.
     """
 
-    def __init__(self, target: PlannedTarget, transform: UniformQuantize, latent: Tensor, keep: Tensor | None) -> None:
+    def __init__(self, target: PlannedTarget, transform: FakeQuantize, latent: Tensor, keep: Tensor | None) -> None:
+        assert isinstance(transform, UniformQuantize), "a weight is not dynamic, and norms are not folded here"
         self.target = target
         self.module = target.config.module
         self.transform = transform
@@ -178,7 +161,7 @@ def fit_of(transform: UniformQuantize) -> Fit:
     """How scales and zero points follow from the elements of blocks, by the observer of a transform, which stays new.
 
     >>> from tersor.config import IntDtype
-    >>> from tersor.quantization import Cut, Format
+    >>> from tersor.quantization import Cut, Format, MinMax
     >>> int2 = Format(IntDtype(2), "symmetric", low=-1, high=1)
     >>> fit_of(UniformQuantize("fc.weight", int2, Cut("", None, ()), MinMax()))(torch.tensor([[0.5, -2.0]]))
     (tensor([2.]), tensor([0.]))
@@ -190,26 +173,3 @@ def fit_of(transform: UniformQuantize) -> Fit:
         return transform.form.scale_and_zero_point(*observer.range())
 
     return fit
-
-
-def _uniform(target: PlannedTarget, transform: FakeQuantize) -> UniformQuantize:
-    if not isinstance(transform, UniformQuantize):
-        raise ConflictError(
-            "what is quantized is computed from the weight and a norm behind it",
-            where=f"{target.config.where} on {target.name}",
-            remedy="Fold the norm into the weight for good first.",
-        )
-    return transform
-
-
-def _observer(target: PlannedTarget) -> RangeObserver:
-    spec = spec_of(target)
-    asked = spec.observer or "minmax"
-    if spec.dynamic or asked not in ("minmax", "moving_average"):
-        key = "dynamic" if spec.dynamic else "observer"
-        raise ConflictError(
-            "rounding weights goes with fixed ranges, from the least value to the greatest",
-            where=f"{target.config.where}[{key!r}] on {target.name}",
-            remedy="Leave it out, or give the target to a PtqQuantizer beside this one.",
-        )
-    return MovingAverage() if asked == "moving_average" and is_activation(target.config.target_name) else MinMax()

@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tersor.errors import ConflictError, InvalidValueError, NumericalError
-from tersor.quantization.base import spec_of
-from tersor.quantization.calibrated import CalibratedQuantizer
+from tersor.errors import InvalidValueError, NumericalError
+from tersor.quantization.calibrated import CalibratedQuantizer, switch
 from tersor.quantization.cut import Cut
-from tersor.quantization.dynamic import DynamicQuantize
 from tersor.quantization.format import Format
 from tersor.quantization.scaling import Kernel, ScaleGroup, find_scaling
-from tersor.quantization.uniform import UniformQuantize
 from tersor.targets.channels import activation_channel_dim, is_conv1d
 from tersor.targets.planned import PlannedTarget
 from tersor.training.batches import to_device
@@ -62,9 +59,7 @@ class MigratingQuantizer(CalibratedQuantizer):
             InvalidValueError: neither example inputs nor a calibration batch.
             EquivalenceError: the model no longer computes what it did; all weights are as they were.
         """
-        for _, transform in self.transforms():
-            assert isinstance(transform, (UniformQuantize, DynamicQuantize))
-            transform.enabled = False
+        switch(self.transforms(), False)
         with self.wrappers.detached():
             scaling = find_scaling(self.model, self._example())
         wanted = self.readers()
@@ -187,21 +182,6 @@ def rounded(form: Format, cut: Cut, values: Tensor) -> Tensor:
     rows = cut.rows(values)
     scale, zero_point = (cut.spread(own, values.shape) for own in form.scale_and_zero_point(*rows.aminmax(dim=-1)))
     return form.simulate(values, scale, zero_point)
-
-
-def refuse_observers(target: PlannedTarget, quantizer: str) -> None:
-    """Refuse a way to find ranges that would not be used.
-
-    Raises:
-        ConflictError: naming the target.
-    """
-    if spec_of(target).observer not in (None, "minmax"):
-        raise ConflictError(
-            f"{quantizer} finds ranges in its own way",
-            where=f"{target.config.where}['observer'] on {target.name}",
-            legal=("minmax",),
-            remedy="Leave it out.",
-        )
 
 
 def product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, final
+from collections.abc import Iterable
+from typing import Any, final
 
 from torch import nn
 
 from tersor.compressor import Compressor
 from tersor.config.parse import ConfigList
-from tersor.config.values import is_activation
 from tersor.errors import ConflictError, InvalidValueError
-from tersor.quantization.base import FakeQuantize, spec_of
-from tersor.quantization.calibrated import CalibratedQuantizer
-from tersor.quantization.dynamic import DynamicQuantize, dynamic
+from tersor.quantization.calibrated import CalibratedQuantizer, ObserverChoice, switch
 from tersor.quantization.equalization import equalize
-from tersor.quantization.format import Format
-from tersor.quantization.observers import RangeObserver, observer_of
-from tersor.quantization.uniform import UniformQuantize
-from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
 from tersor.training.batches import to_device
 from tersor.training.loops import device_of
 from tersor.training.recovery import correct_bias, output_moments
 from tersor.training.stages import inputs_of
-
-ObserverChoice: TypeAlias = str | Callable[[Format], RangeObserver]
-"""The name of an observer, or what makes one for a format."""
-Found: TypeAlias = tuple[PlannedTarget, FakeQuantize]
 
 
 @final
@@ -115,65 +104,21 @@ class PtqQuantizer(CalibratedQuantizer):
             previous=previous,
         )
 
-    def fake_quantize(self, target: PlannedTarget) -> FakeQuantize:
-        """Fixed scales, unless the target is dynamic."""
-        found = dynamic(self, target)
-        if found is not None:
-            return found
-        return UniformQuantize(target.name, self.form(target), self.cut(target), self.observer_for(target))
-
-    def observer_for(self, target: PlannedTarget) -> RangeObserver:
-        """A new observer, as the config list has it, else as the quantizer has it."""
-        at_hand = not is_activation(target.config.target_name)
-        choice = spec_of(target).observer or (self.weight_observer if at_hand else self.observer)
-        form = self.form(target)
-        return observer_of(choice, form, at_hand=at_hand) if isinstance(choice, str) else choice(form)
-
     def calibrate(self) -> None:
         """Ranges from the model as it was; then quantize, correct biases, and quantize these."""
         found = self.transforms()
-        self._switch(found, False)
+        switch(found, False)
         if self.equalize:
             self._equalize()
         wanted = output_moments(self.model, list(self.batches())) if self.bias_correction else None
-        activations = [own for own in found if is_activation(own[0].config.target_name)]
         biases = [own for own in found if wanted is not None and own[0].config.target_name == "bias"]
-        others = [own for own in found if own not in activations and own not in biases]
-        self._observe(activations, self.run_calibration)
-        self._observe(others, lambda: self._read(others))
-        self._switch(activations + others, True)
+        others = [own for own in found if own not in biases]
+        self.find_ranges(others)
+        switch(others, True)
         if wanted is not None:
             self.corrected = correct_bias(self.model, wanted, list(self.batches()))
-            self._observe(biases, lambda: self._read(biases))
-            self._switch(biases, True)
-
-    def _observe(self, found: Sequence[Found], run: Callable[[], None]) -> None:
-        """Let new observers watch a run, and settle; not where all is dynamic."""
-        fixed = [(target, transform) for target, transform in found if isinstance(transform, UniformQuantize)]
-        if not fixed:
-            return
-        for target, transform in fixed:
-            transform.observer = self.observer_for(target).to(transform.scale.device)
-            transform.watching = True
-        try:
-            run()
-        finally:
-            for _, transform in fixed:
-                transform.watching = False
-        for _, transform in fixed:
-            transform.observer.synchronize()
-            transform.settle()
-
-    def _read(self, found: Sequence[Found]) -> None:
-        """Compute parameters once, so that what is put on them sees them."""
-        for target, _ in found:
-            module, _, name = self._stack(target).target.rpartition(".")
-            getattr(self.model.get_submodule(module), name)
-
-    def _switch(self, found: Sequence[Found], on: bool) -> None:
-        for _, transform in found:
-            assert isinstance(transform, (UniformQuantize, DynamicQuantize))
-            transform.enabled = on
+            self.find_ranges(biases)
+            switch(biases, True)
 
     def _equalize(self) -> None:
         example = self.example_inputs

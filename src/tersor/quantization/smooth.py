@@ -12,22 +12,18 @@ from tersor.compressor import Compressor
 from tersor.config import values
 from tersor.config.parse import ConfigList
 from tersor.errors import InvalidValueError
-from tersor.quantization.base import FakeQuantize
-from tersor.quantization.dynamic import DynamicQuantize, dynamic
+from tersor.quantization.calibrated import switch
 from tersor.quantization.migration import (
     MigratingQuantizer,
     by_channel,
     finite,
     product,
-    refuse_observers,
     rounded,
     times,
     weight_of,
 )
 from tersor.quantization.observers import MinMax
 from tersor.quantization.scaling import Kernel, ScaleGroup, input_ranges
-from tersor.quantization.uniform import UniformQuantize
-from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
 from tersor.training.ranks import sum_over_processes
 
@@ -102,32 +98,12 @@ class SmoothQuantizer(MigratingQuantizer):
             model, config_list, evaluator, calibration=calibration, example_inputs=example_inputs, previous=previous
         )
 
-    def fake_quantize(self, target: PlannedTarget) -> FakeQuantize:
-        """Even steps, with the range of all that is seen, or with each value's own."""
-        refuse_observers(target, "SmoothQuantizer")
-        found = dynamic(self, target)
-        if found is not None:
-            return found
-        return UniformQuantize(target.name, self.form(target), self.cut(target), MinMax())
-
     def calibrate(self) -> None:
         """Move factors, then find scales."""
         self.migrate()
-        transforms = [transform for _, transform in self.transforms()]
-        fixed = [transform for transform in transforms if isinstance(transform, UniformQuantize)]
-        for transform in fixed:
-            transform.observer, transform.watching = MinMax().to(transform.scale.device), True
-        try:
-            self.run_calibration()
-        finally:
-            for transform in fixed:
-                transform.watching = False
-        for transform in fixed:
-            transform.observer.synchronize()
-            transform.settle()
-        for transform in transforms:
-            assert isinstance(transform, (UniformQuantize, DynamicQuantize))
-            transform.enabled = True
+        found = self.transforms()
+        self.find_ranges(found)
+        switch(found, True)
 
     def choose(self, groups: tuple[ScaleGroup, ...]) -> list[Tensor]:
         """The paper's factors, with the best alpha of each group."""
