@@ -59,3 +59,52 @@ class TestAdaRound(Suite):
         return quantization.AdaRoundQuantizer(
             model, config_list, evaluator, calibration=self.batches, iterations=5, **kwargs
         )
+
+
+class TestPtq(Suite):
+    def quantizer(self, model, config_list, evaluator, **kwargs):
+        return quantization.PtqQuantizer(model, config_list, evaluator, calibration=self.batches, **kwargs)
+
+
+class TestPtqWithCorrections(Suite):
+    learns = True
+    setting = {"quant_dtype": "uint4", "quant_scheme": "affine"}
+
+    def quantizer(self, model, config_list, evaluator, **kwargs):
+        return quantization.PtqQuantizer(
+            model, config_list, evaluator, calibration=self.batches, bias_correction=True, equalize=True, **kwargs
+        )
+
+
+class TestPtqByEntropy(Suite):
+    def quantizer(self, model, config_list, evaluator, **kwargs):
+        return quantization.PtqQuantizer(
+            model, config_list, evaluator, calibration=self.batches, observer="entropy", **kwargs
+        )
+
+
+class TestPtqToFloats(TestPtq):
+    setting = {"quant_dtype": "fp8_e4m3"}
+
+
+class TestQAT(Suite):
+    calibrates = False
+
+    def quantizer(self, model, config_list, evaluator, **kwargs):
+        return quantization.QATQuantizer(model, config_list, evaluator, quant_start_step=2, **kwargs)
+
+
+class TestLsq(Suite):
+    calibrates = False
+    setting = {"quant_dtype": "int4"}
+
+    def quantizer(self, model, config_list, evaluator, **kwargs):
+        return quantization.LsqQuantizer(model, config_list, evaluator, **kwargs)
+
+
+class TestLsqPlus(Suite):
+    calibrates = False
+    setting = {"quant_dtype": "int4", "quant_scheme": "affine"}
+
+    def quantizer(self, model, config_list, evaluator, **kwargs):
+        return quantization.LsqPlusQuantizer(model, config_list, evaluator, **kwargs)
