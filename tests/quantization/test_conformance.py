@@ -1,5 +1,7 @@
 """The shipped conformance suite, on every quantizer of ours."""
 
+import pytest
+
 from tersor import quantization
 from tersor.testing import QuantizerTestCase as Suite
 
@@ -59,3 +61,58 @@ class TestAdaRound(Suite):
         return quantization.AdaRoundQuantizer(
             model, config_list, evaluator, calibration=self.batches, iterations=5, **kwargs
         )
+
+
+class TestPtq(Suite):
+    def quantizer(self, model, config_list, evaluator, **kwargs):
+        return quantization.PtqQuantizer(model, config_list, evaluator, calibration=self.batches, **kwargs)
+
+
+class TestPtqWithCorrections(Suite):
+    learns = True
+    setting = {"quant_dtype": "uint4", "quant_scheme": "affine"}
+
+    def quantizer(self, model, config_list, evaluator, **kwargs):
+        return quantization.PtqQuantizer(
+            model,
+            config_list,
+            evaluator,
+            calibration=self.batches,
+            observer="minmax",
+            bias_correction=True,
+            equalize=hasattr(model, "stem"),  # the other network has no two layers
+            **kwargs,
+        )
+
+
+class TestPtqToFloats(Suite):
+    setting = {"quant_dtype": "fp8_e4m3"}
+
+    def quantizer(self, model, config_list, evaluator, **kwargs):
+        return quantization.PtqQuantizer(
+            model, config_list, evaluator, calibration=self.batches, observer="minmax", **kwargs
+        )
+
+
+class TestQAT(Suite):
+    calibrates = False
+
+    def quantizer(self, model, config_list, evaluator, **kwargs):
+        return quantization.QATQuantizer(model, config_list, evaluator, quant_start_step=2, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:no value below zero has been seen")
+class TestLsq(Suite):
+    calibrates = False
+    setting = {"quant_dtype": "int4"}
+
+    def quantizer(self, model, config_list, evaluator, **kwargs):
+        return quantization.LsqQuantizer(model, config_list, evaluator, **kwargs)
+
+
+class TestLsqPlus(Suite):
+    calibrates = False
+    setting = {"quant_dtype": "int4", "quant_scheme": "affine"}
+
+    def quantizer(self, model, config_list, evaluator, **kwargs):
+        return quantization.LsqPlusQuantizer(model, config_list, evaluator, **kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.config import values
-from tersor.quantization.scaling import ScaleGroup, Scaling, find_scaling, input_ranges, output_ranges
+from tersor.quantization.scaling import Kernel, ScaleGroup, Scaling, find_scaling, input_ranges, output_ranges
 
 CONVERGED = 1e-7
 """A pass that moves no factor by more than this, in logarithms, is the last."""
@@ -39,6 +39,7 @@ def equalize(
     *,
     iterations: int = 200,
     replace_relu6: bool = False,
+    masks: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Equalization:
     r"""Rescale the channels between layers until the weights on both sides span the same range; no data is needed.
 
@@ -68,6 +69,7 @@ def equalize(
         iterations: the most passes over all pairs.
         replace_relu6: first turn every ``nn.ReLU6`` into ``nn.ReLU``, as the paper does with MobileNetV2. That alone
             changes what the model computes, where activations exceed 6.
+        masks: of parameters that are pruned, as a pruner's ``get_masks()`` gives them; what they remove has no range.
 
     Returns:
         what was equalised, and what was not, with the reason.
@@ -94,7 +96,7 @@ def equalize(
         scaling = find_scaling(model, example_inputs)
         refused = {**scaling.refused, **_written_by_norms(scaling.groups)}
         groups = tuple(group for group in scaling.groups if not any(own.name in refused for own in group.readers))
-        factors, passes = _converged(scaling, groups, iterations)
+        factors, passes = _converged(scaling, groups, iterations, masks or {})
         scaling.apply(factors)
     except BaseException:
         for name, module in relu6.items():
@@ -130,9 +132,11 @@ def _relu6(model: nn.Module) -> Iterator[tuple[str, nn.ReLU6]]:
             yield name, module
 
 
-def _converged(scaling: Scaling, groups: Sequence[ScaleGroup], iterations: int) -> tuple[Tensor, int]:
+def _converged(
+    scaling: Scaling, groups: Sequence[ScaleGroup], iterations: int, masks: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[Tensor, int]:
     """The factors of all channels, shape ``(channels,)``, and the number of passes."""
-    weights = {kernel: kernel.matrices(kernel.sides.parameter.data).double() for kernel in scaling.kernels}
+    weights = {kernel: kernel.matrices(_kept(kernel, masks)).double() for kernel in scaling.kernels}
     factors = torch.ones(scaling.count, dtype=torch.float64, device="cpu")
     for passes in range(1, iterations + 1):
         moved = 0.0
@@ -151,6 +155,13 @@ def _converged(scaling: Scaling, groups: Sequence[ScaleGroup], iterations: int) 
         if moved < CONVERGED:
             return factors, passes
     return factors, iterations
+
+
+def _kept(kernel: Kernel, masks: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    """A parameter with zeros where it is masked."""
+    module, _, name = kernel.name.rpartition(".")
+    value, mask = kernel.sides.parameter.detach(), masks.get(module, {}).get(name)
+    return value if mask is None else value * mask.to(value.device)
 
 
 def _written_by_norms(groups: Iterable[ScaleGroup]) -> dict[str, str]:

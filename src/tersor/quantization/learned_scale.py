@@ -126,8 +126,8 @@ class LearnedUniform(FakeQuantize):
         self.seen.add_(1)
         self.least.copy_(torch.minimum(self.least, value.min()))
         share = 1 / self.seen if self.average else 1.0
-        self.first_scale.add_((scale - self.first_scale) * share)
-        self.first_zero_point.add_((zero_point - self.first_zero_point) * share)
+        self.first_scale.lerp_(scale, share)  # to the bit where nothing of the old stays
+        self.first_zero_point.lerp_(zero_point, share)
         if self.enables:
             self.enabled, self.enables = True, False
 

@@ -125,8 +125,9 @@ class PtqQuantizer(CalibratedQuantizer):
         if example is None:
             inputs = inputs_of(to_device(next(iter(self.batches())), device_of(self.model)))
             example = inputs.kwargs or inputs.args
+        masks = self.wrappers.masks()
         with self.wrappers.detached():
-            done = equalize(self.model, example)
+            done = equalize(self.model, example, masks=masks)
         if not done.groups:
             reasons = "; ".join(f"{name}: {why}" for name, why in list(done.refused.items())[:3])
             raise ConflictError(

@@ -13,11 +13,11 @@ from unittest import SkipTest
 import torch
 from torch import Tensor, nn
 
-from tersor.pruning import L1NormPruner
+from tersor.pruning import RandomPruner
 from tersor.quantization import Quantizer
 from tersor.speedup.verify import outputs_of
 from tersor.testing.calibrations import numbers_of
-from tersor.testing.checks import values_of
+from tersor.testing.checks import Masks, values_of
 from tersor.testing.scenarios import Entry, Way
 from tersor.testing.toys import BATCHES, EXAMPLE, FRESH, Batch, ToyDistiller, ToyNetwork, ToyTraining, calm
 from tersor.training import Evaluator
@@ -26,6 +26,9 @@ MODULES = ("left", "hidden")
 WHOLE = ((-1,), "front", -1)
 BLOCKS: Mapping[Any, int] = MappingProxyType({"out_channel": 10, "in_channel": 8, (1, 4): 20, (5, 8): 2, WHOLE: 1})
 """For each granularity, how many blocks it cuts the weight of ``hidden`` (10 by 8) into."""
+
+
+PRUNED: list[Entry] = [{"op_names": list(MODULES), "target_names": ["weight"], "sparse_ratio": 0.5, "granularity": [1]}]
 
 
 @dataclass(frozen=True)
@@ -155,36 +158,31 @@ class QuantizationScenarios(ABC):
             yield quantizing
 
     @contextmanager
-    def _masked(
-        self, config_list: list[Entry], masks: Mapping[str, Tensor], *, first: bool, value: float
-    ) -> Iterator[Quantizing]:
-        """A network whose weights are masked, trained in a loop of its own and quantized.
+    def _masked(self, config_list: list[Entry], *, first: bool, value: float) -> Iterator[tuple[Quantizing, Masks]]:
+        """A network of which half of the weights are masked, trained in a loop of its own and quantized.
 
         Args:
             config_list: what is quantized.
-            masks: of weights, by module.
             first: whether the pruner is made before the quantizer.
             value: what masked weights are.
         """
         with calm(seed=0):
-            model, pruned = ToyNetwork(), [{"op_names": list(masks), "target_names": ["weight"], "sparse_ratio": 0.5}]
+            model, masks = ToyNetwork(), _masks()
             with torch.no_grad():
-                for name, mask in masks.items():
-                    model.get_submodule(name).weight[~mask] = value  # pyright: ignore
+                for name, of in masks.items():
+                    model.get_submodule(name).get_parameter("weight")[~of["weight"]] = value
             training = ToyTraining(model, self.batches)
             evaluator = training.evaluator if self.needs_evaluator else None
             if first:
-                pruner = L1NormPruner(model, pruned, evaluator, example_inputs=EXAMPLE)
+                pruner = RandomPruner(model, PRUNED, evaluator, seed=0, example_inputs=EXAMPLE)
                 quantizer = self.quantizer(model, config_list, None, previous=pruner)
             else:
                 quantizer = self.quantizer(model, config_list, evaluator, example_inputs=EXAMPLE)
-                pruner = L1NormPruner.from_compressor(quantizer, pruned)
+                pruner = RandomPruner.from_compressor(quantizer, PRUNED, seed=0)
             try:
-                quantizer.start()
-                pruner.update_masks({name: {"weight": mask} for name, mask in masks.items()})
                 quantizing = Quantizing(model, training, quantizer)
-                self._loop(quantizing, range(1, self.steps))
-                yield quantizing
+                self._loop(quantizing, range(self.steps))
+                yield quantizing, masks
             finally:
                 quantizer.unwrap_model()
 
@@ -218,3 +216,12 @@ class QuantizationScenarios(ABC):
             quantizing.training.step(quantizing.quantizer, number)
             after_each(number + 1)
         quantizing.quantizer.finish()
+
+
+def _masks() -> Masks:
+    """Those of a pruner that decides the same whatever the weights are."""
+    pruner = RandomPruner(ToyNetwork(), PRUNED, seed=0)
+    pruner.prune()
+    masks = pruner.get_masks()
+    pruner.unwrap_model()
+    return masks
