@@ -1,6 +1,7 @@
 """The README's example does what it says."""
 
 import re
+from inspect import isabstract
 from pathlib import Path
 
 import torch
@@ -8,8 +9,11 @@ from torch import Tensor, nn
 
 import tersor
 from benchmarks.readme import SECTION, section
+from tersor.quantization import Quantizer
+from tersor.storage import load_calibration
 
 README = Path(__file__).parents[1] / "README.md"
+PRUNING, QUANTIZATION = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 class Block(nn.Module):
@@ -37,11 +41,10 @@ class Network(nn.Module):
 
 
 def test_example_runs(tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     trained = []
     scope = {"build_model": Network, "train": trained.append}
-    exec(code, scope)
+    exec(PRUNING, scope)
     small = scope["model"]
     block = small.layer4[0]
     assert (small.conv1.out_channels, block.conv1.out_channels) == (6, 6)  # nothing of 6, 70 % of 20
@@ -49,6 +52,31 @@ def test_example_runs(tmp_path, monkeypatch, capsys):
     assert len(trained) == 1
     assert "layer4.0.conv1" in capsys.readouterr().out
     assert isinstance(tersor.load(Network, tmp_path / "small"), Network)
+
+
+def test_example_of_quantization_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x = torch.randn(4, 3, 32, 32)
+    model = nn.Sequential(nn.Conv2d(3, 4, 16, stride=16), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    before = model.eval()(x)
+    scope = {"model": model, "x": x, "loader": [(x, torch.zeros(4))]}
+    exec(QUANTIZATION, scope)
+    assert scope["config_list"][0]["fuse_names"] == [("0", "1", "2")]
+    written = load_calibration(tmp_path / "calibration.safetensors")
+    assert list(written) == ["0", "4"]
+    assert all(set(targets) == {"_input_0", "weight", "_output_0"} for targets in written.values())
+    assert 0 < (scope["model"](x) - before).abs().max() < 0.05
+    scope["quantizer"].unwrap_model()
+    torch.testing.assert_close(model(x), before)
+
+
+def test_every_quantizer_is_named():
+    kinds = vars(tersor.quantization).values()
+    final = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Quantizer) and not isabstract(kind)]
+    text = README.read_text(encoding="utf-8")
+    assert all(f"`{kind.__name__}`" in text for kind in final if kind.__name__ != "PtqQuantizer")
+    assert len(final) == 10
+    assert "| Quantizers | ten," in text
 
 
 def test_measured_section_is_what_the_results_say():
