@@ -50,7 +50,7 @@ class Method:
         keys: of the config list, besides what selects the layers.
         targets: what is quantized.
         data: whether it looks at data.
-        options: of the quantizer.
+        inputs: keys of the inputs alone.
     """
 
     make: Make
@@ -58,19 +58,20 @@ class Method:
     keys: Mapping[str, Any]
     targets: tuple[str, ...] = ("weight",)
     data: bool = True
-    options: Mapping[str, Any] | None = None
+    inputs: Mapping[str, Any] | None = None
 
     def config_list(self) -> list[dict[str, Any]]:
         """Every linear layer of the encoder."""
         selected = {"op_types": ["Linear"], "exclude_op_names": [*SUBJECT.excluded]}
         settings = {name: {} for name in self.targets}
-        if "_input_0" in settings and self.options is not None and "input" in self.options:
-            settings["_input_0"] = self.options["input"]
+        if self.inputs is not None:
+            settings["_input_0"] = dict(self.inputs)
         return [{**selected, "target_names": [*self.targets], "target_settings": settings, **self.keys}]
 
 
 _BOTH = ("weight", "_input_0")
-_TOKEN = {"input": {"dynamic": True, "granularity": [-1]}}
+_AFFINE = {"quant_scheme": "affine"}
+_TOKEN = {"dynamic": True, "granularity": [-1]}
 
 
 def _bits(bits: int) -> dict[str, Any]:
@@ -84,16 +85,23 @@ METHODS: dict[str, Method] = {
         "inputs with one fixed, asymmetric range",
         {"quant_dtype": "int8"},
         _BOTH,
-        options={"input": {"quant_scheme": "affine"}},
+        inputs=_AFFINE,
     ),
     "int8 PTQ, dynamic": Method(
-        quantization.PtqQuantizer, "a range for each token", {"quant_dtype": "int8"}, _BOTH, data=False, options=_TOKEN
+        quantization.PtqQuantizer, "a range for each token", {"quant_dtype": "int8"}, _BOTH, data=False, inputs=_TOKEN
     ),
     "int8 SmoothQuant": Method(
         quantization.SmoothQuantizer, "inputs with one fixed range", {"quant_dtype": "int8"}, _BOTH
     ),
+    "int8 SmoothQuant, affine inputs": Method(
+        quantization.SmoothQuantizer,
+        "inputs with one fixed, asymmetric range",
+        {"quant_dtype": "int8"},
+        _BOTH,
+        inputs=_AFFINE,
+    ),
     "int8 SmoothQuant, dynamic": Method(
-        quantization.SmoothQuantizer, "a range for each token", {"quant_dtype": "int8"}, _BOTH, options=_TOKEN
+        quantization.SmoothQuantizer, "a range for each token", {"quant_dtype": "int8"}, _BOTH, inputs=_TOKEN
     ),
     "int8 weights": Method(quantization.PtqQuantizer, "weights alone", {"quant_dtype": "int8"}, data=False),
 }
