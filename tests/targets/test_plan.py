@@ -155,6 +155,15 @@ def test_explain_without_example_inputs():
     ]
 
 
+def test_explain_in_quantization_says_the_types_and_nothing_of_removal():
+    config_list = [{"op_names": ["conv1"], "target_names": ["weight"], "quant_dtype": "int4", "quant_scheme": "affine"}]
+    plan = tersor.plan(Residual(), config_list, "quantization", X)
+    assert plan.explain("conv1").splitlines() == [
+        "conv1:",
+        "  weight: quantize, quant_dtype=int4, quant_scheme=affine",
+    ]
+
+
 def test_json_holds_all():
     config_list = [
         *CONV,

@@ -24,7 +24,7 @@ from tersor.targets.activations import Place, values_at
 from tersor.targets.fused import FusedGroup, fused_groups
 from tersor.targets.planned import OUT_CHANNEL, PlannedTarget, place, plan_target, qualified
 from tersor.targets.resolve import TargetConfig, resolve_targets
-from tersor.targets.rows import PlanRow, plan_rows, rows_table
+from tersor.targets.rows import PlanRow, plan_rows, rows_table, settings_of
 
 
 class Plan:
@@ -80,6 +80,7 @@ class Plan:
         lines = [
             f"{row.target}: {row.action}" + (f" ({row.reason})" if row.reason else "")
             + (f", {row.removes} of {row.blocks} blocks leave" if row.removes is not None else "")
+            + ("" if self.mode == "pruning" else "".join(f", {own}" for own in settings_of(row, self.mode)))
             + (f", group {row.group}" if row.group else "")
             for row in self.rows
             if row.module == module
@@ -89,7 +90,8 @@ class Plan:
             raise UnmatchedError("the plan has no such module", where=module, remedy=nearest(module, known))
         if module in self.skipped:
             lines.append(f"not selected: {self.skipped[module]}")
-        lines += self._coupled(module)
+        if self.mode == "pruning":
+            lines += self._coupled(module)
         return "\n".join([f"{module or '(the model itself)'}:", *(f"  {line}" for line in lines)])
 
     def _coupled(self, module: str) -> list[str]:

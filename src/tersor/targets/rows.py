@@ -162,19 +162,23 @@ def rows_table(mode: Mode, rows: Sequence[PlanRow], skipped: Mapping[str, str]) 
     return table
 
 
-def _cells(row: PlanRow, mode: Mode) -> dict[str, str]:
-    """A row for the table."""
+def settings_of(row: PlanRow, mode: Mode) -> list[str]:
+    """What holds for a target, as ``key=value``, without what every target has by default or another column says."""
     known = {**SETTINGS[mode].generic.as_config(), "quant_dtype": None, "lambda": None}
-    setting = [
+    return [
         f"{key}={value}"
         for key, value in row.setting.items()
         if known.get(key) != value and key not in ("align", "dependency_group_id", "global_group_id")
     ]
+
+
+def _cells(row: PlanRow, mode: Mode) -> dict[str, str]:
+    """A row for the table."""
     count = "" if row.removes is None or row.action == "nothing" else f" {row.removes} of {row.blocks}"
     return {
         "target": f"{row.module}.{row.target}" if row.module else row.target,
         "action": row.action + count,
-        "setting": "\n".join(setting),
+        "setting": "\n".join(settings_of(row, mode)),
         "group": row.group,
         "reason": row.reason,
     }
