@@ -108,12 +108,15 @@ def norms(model: nn.Module) -> list[tuple[str, str]]:
     >>> norms(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3)))
     [('0', '1')]
     """
-    modules = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, _NEIGHBOURS)]
     return [
         (name, behind)
         for (name, module), (behind, norm) in zip(modules, modules[1:], strict=False)
         if isinstance(module, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
     ]
+
+
+_NEIGHBOURS = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Linear)
 
 
 def _float(task: Task) -> Classify:
