@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 SIZE = 224
-CROPS = 8
+CROPS = 4
 """Of each photograph that is calibrated on."""
 PHOTOGRAPHS = (
     "astronaut.png",
@@ -66,7 +66,8 @@ def trained_model() -> nn.Module:
 
     weights = next((folder / "models").glob("efficientnet-lite0-*.pth"))
     with contextlib.redirect_stdout(io.StringIO()):
-        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(weights)).eval()
+        model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(weights)).eval()
+    return model.to(memory_format=torch.channels_last)  # it is only faster
 
 
 @cache

@@ -33,7 +33,7 @@ from benchmarks import digits, efficientnet
 from benchmarks.forked import run_each
 from benchmarks.quantization_page import table
 from benchmarks.quantization_peers import PEERS
-from benchmarks.quantization_rows import BATCH_SIZE, QUANTIZERS, Classify, Method, Task
+from benchmarks.quantization_rows import QUANTIZERS, Classify, Method, Task
 from examples import mnist
 from tersor.storage import write_text
 
@@ -41,7 +41,7 @@ RESULT = Path(__file__).parent / "results" / "quantization.json"
 METHODS: dict[str, Method] = {**QUANTIZERS, **PEERS}
 CALIBRATION = 512
 """Training images to calibrate on, where the network has any."""
-IMAGES = 12_800
+IMAGES, BATCH_SIZE = 12_800, 64
 """Fine-tuning: one pass over the first training images, AdamW, one cycle of the learning rate."""
 PACKAGES = ("tersor", "nni", "torchao", "nncf", "openvino")
 
@@ -64,6 +64,7 @@ class Network:
     Attributes:
         trained: makes it.
         ends: its first and its last layer.
+        batch_size: of calibration and testing: as many images as stay in a processor's cache.
         parts: from a seed to the parts that are tested one after the other, each with a network of its own.
         learning_rate: of fine-tuning; None where there is nothing to train on, and rows that train are left out.
         tested: how, for the reader of the results.
@@ -71,6 +72,7 @@ class Network:
 
     trained: Callable[[], nn.Module]
     ends: tuple[str, str]
+    batch_size: int
     parts: Callable[[int], list[Part]]
     learning_rate: float | None
     tested: str
@@ -97,9 +99,9 @@ def halves_of(seed: int) -> list[Part]:
 MNIST = "MNIST's test images"
 VIEWS = "six views of each of 35 photographs, each half of them by a network that was calibrated on crops of the other"
 NETWORKS = {
-    "residual": Network(mnist.trained_model, ("stem.0", "head.2"), digits_of, 1e-3, MNIST),
-    "digits": Network(digits.trained_model, ("conv_layers.0", "fc_layers.2"), digits_of, 3e-4, MNIST),
-    "efficientnet_lite0": Network(efficientnet.trained_model, ("_conv_stem", "_fc"), halves_of, None, VIEWS),
+    "residual": Network(mnist.trained_model, ("stem.0", "head.2"), 64, digits_of, 1e-3, MNIST),
+    "digits": Network(digits.trained_model, ("conv_layers.0", "fc_layers.2"), 64, digits_of, 3e-4, MNIST),
+    "efficientnet_lite0": Network(efficientnet.trained_model, ("_conv_stem", "_fc"), 8, halves_of, None, VIEWS),
 }
 
 
@@ -110,15 +112,15 @@ def trained(network: str) -> nn.Module:
 
 
 @torch.no_grad()
-def logits(classify: Classify, images: Tensor) -> Tensor:
-    """In batches that stay in a processor's cache."""
-    return torch.cat([classify(batch) for batch in images.split(100)])
+def logits(network: str, classify: Classify, images: Tensor) -> Tensor:
+    """What it answers."""
+    return torch.cat([classify(batch) for batch in images.split(NETWORKS[network].batch_size)])
 
 
 @cache
 def reference(network: str, seed: int) -> list[Tensor]:
     """The logits of the network in fp32 for each part."""
-    return [logits(trained(network), part.images) for part in NETWORKS[network].parts(seed)]
+    return [logits(network, trained(network), part.images) for part in NETWORKS[network].parts(seed)]
 
 
 def figures(exact: Tensor, answered: Tensor, labels: Tensor) -> dict[str, float]:
@@ -147,10 +149,10 @@ def measure(network: str, name: str, seed: int) -> Record:
                 images = data().train
                 train = mnist.Batches(images.images[:IMAGES], images.labels[:IMAGES], BATCH_SIZE, shuffled=True)
             rate = facts.learning_rate or 0.0
-            task = Task(trained(network), facts.ends, part.calibration, seed, train, rate)
+            task = Task(trained(network), facts.ends, part.calibration, facts.batch_size, seed, train, rate)
             seconds, classify = timed(lambda task=task: method.quantize(task))
             preparing += seconds
-            seconds, answered = timed(lambda part=part, classify=classify: logits(classify, part.images))
+            seconds, answered = timed(lambda part=part, classify=classify: logits(network, classify, part.images))
             testing += seconds
             answers.append(answered)
         labels = torch.cat([part.labels for part in parts])
@@ -216,7 +218,9 @@ def write(record: Record) -> None:
         "fine_tuning": {"images": IMAGES, "batch_size": BATCH_SIZE, "epochs": 1, "optimizer": "AdamW, OneCycleLR"},
         "networks": {name: networks[name] for name in NETWORKS if name in networks},
         "methods": {name: methods[name] for name in order if name in methods},
-        "rows": sorted(rows.values(), key=lambda row: (places.index(row["network"]), order.index(row["method"]), row["seed"])),
+        "rows": sorted(
+            rows.values(), key=lambda row: (places.index(row["network"]), order.index(row["method"]), row["seed"])
+        ),
     }
     write_text(RESULT, json.dumps(document, indent=1) + "\n")
 

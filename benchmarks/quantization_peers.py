@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.quantization_rows import BATCH_SIZE, Bits, Classify, Method, Task, norms, optimizer_of, schedule_of
+from benchmarks.quantization_rows import Bits, Classify, Method, Task, norms, optimizer_of, schedule_of
 
 
 def nni(name: str, bits: Bits, *, trains: bool, fused: bool = False, scheme: str = "affine", **options: Any) -> Method:
@@ -114,9 +114,7 @@ def _nni_rows() -> dict[str, Method]:
     eight, four, two = Bits(8, 8), Bits(4, 4), Bits(2, 2)
     return {
         "NNI 3.0 PTQ": nni("PtqQuantizer", eight, trains=False, fused=True),
-        "NNI 3.0 PTQ, bias correction": nni(
-            "PtqQuantizer", eight, trains=False, fused=True, is_bias_correction=True
-        ),
+        "NNI 3.0 PTQ, bias correction": nni("PtqQuantizer", eight, trains=False, fused=True, is_bias_correction=True),
         "NNI 3.0 PTQ, 4 bits": nni("PtqQuantizer", four, trains=False, fused=True),
         "NNI 3.0 QAT": nni("QATQuantizer", eight, trains=True, fused=True),
         "NNI 3.0 QAT, 4 bits": nni("QATQuantizer", four, trains=True, fused=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -12,20 +13,19 @@ from torch.nn import functional as F
 
 from examples.mnist import Batches
 
-BATCH_SIZE = 64
-
 Classify = Callable[[Tensor], Tensor]
 """From images to logits."""
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A trained network to quantize and the data that a quantizer may look at; the seed decides which and in what order.
+    """A trained network to quantize, and the data that a quantizer may look at.
 
     Attributes:
         model: the network.
         ends: its first and its last layer.
         calibration: the images for calibration.
+        batch_size: how many of them at a time.
         seed: of what is random.
         train: the images to train on; None where there are none.
         learning_rate: of that training, at its highest.
@@ -34,6 +34,7 @@ class Task:
     model: nn.Module
     ends: tuple[str, str]
     calibration: Tensor
+    batch_size: int
     seed: int
     train: Batches | None = None
     learning_rate: float = 0.0
@@ -50,7 +51,7 @@ class Task:
 
     def batches(self) -> list[Tensor]:
         """The images for calibration, in batches."""
-        return list(self.calibration.split(BATCH_SIZE))
+        return list(self.calibration.split(self.batch_size))
 
     def training(self) -> Batches:
         """The batches to train on, in the order of the seed.
@@ -111,7 +112,7 @@ def norms(model: nn.Module) -> list[tuple[str, str]]:
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, _NEIGHBOURS)]
     return [
         (name, behind)
-        for (name, module), (behind, norm) in zip(modules, modules[1:], strict=False)
+        for (name, module), (behind, norm) in pairwise(modules)
         if isinstance(module, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
     ]
 
