@@ -29,9 +29,9 @@ have one scale for each output channel and are symmetric, inputs have one scale 
 biases stay in fp32, but for NNCF, which decides itself. *Agreement* is how often the answer is that of the network in
 fp32, *SNR* the signal-to-noise ratio of the logits against it. All of Tersor's figures are of simulated integers.
 """
-TRAINED = """Rows that are marked train all weights for {steps} steps of {batch_size} images, with AdamW and one cycle of the
-learning rate, from the same trained network; *fp32, fine-tuned* is what these steps are worth without quantization. So
-few steps are enough for 4 bits, and little for one: a binary network that is trained from the start does far better.
+TRAINED = """Marked rows train all weights for {steps} steps of {batch_size} images, with AdamW and one cycle of
+the learning rate, from the same trained network; *fp32, fine-tuned* is what these steps are worth without quantization.
+So few steps are enough for 4 bits, and little for one: a binary network that is trained from the start does far better.
 """
 TITLES = {
     "residual": "MNIST: the residual network of [examples/mnist.py](../examples/mnist.py)",
