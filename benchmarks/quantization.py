@@ -227,7 +227,11 @@ def write(record: Record) -> None:
 
 def chosen(network: str, patterns: Iterable[str] | None) -> list[str]:
     """The methods that the network can have, and whose names match one of the patterns; all without any."""
-    names = [name for name in METHODS if not METHODS[name].trains or NETWORKS[network].learning_rate is not None]
+    names = [
+        name
+        for name, method in METHODS.items()
+        if (NETWORKS[network].learning_rate is not None or not method.trains) and method.fits(trained(network))
+    ]
     return [name for name in names if patterns is None or any(fnmatch(name, pattern) for pattern in patterns)]
 
 
