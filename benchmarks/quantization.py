@@ -41,8 +41,8 @@ RESULT = Path(__file__).parent / "results" / "quantization.json"
 METHODS: dict[str, Method] = {**QUANTIZERS, **PEERS}
 CALIBRATION = 512
 """Training images to calibrate on, where the network has any."""
-IMAGES, BATCH_SIZE = 12_800, 64
-"""Fine-tuning: one pass over the first training images, AdamW, one cycle of the learning rate."""
+BATCH_SIZE = 64
+"""Of fine-tuning: one pass over the first training images, AdamW, one cycle of the learning rate."""
 PACKAGES = ("tersor", "nni", "torchao", "nncf", "openvino")
 
 Record = dict[str, Any]
@@ -66,16 +66,18 @@ class Network:
         ends: its first and its last layer.
         batch_size: of calibration and testing: as many images as stay in a processor's cache.
         parts: from a seed to the parts that are tested one after the other, each with a network of its own.
-        learning_rate: of fine-tuning; None where there is nothing to train on, and rows that train are left out.
         tested: how, for the reader of the results.
+        training_images: of fine-tuning; where there are none, rows that train are left out.
+        learning_rate: of fine-tuning, at its highest.
     """
 
     trained: Callable[[], nn.Module]
     ends: tuple[str, str]
     batch_size: int
     parts: Callable[[int], list[Part]]
-    learning_rate: float | None
     tested: str
+    training_images: int = 0
+    learning_rate: float = 0.0
 
 
 @cache
@@ -99,9 +101,9 @@ def halves_of(seed: int) -> list[Part]:
 MNIST = "MNIST's test images"
 VIEWS = "six views of each of 35 photographs, each half of them by a network that was calibrated on crops of the other"
 NETWORKS = {
-    "residual": Network(mnist.trained_model, ("stem.0", "head.2"), 64, digits_of, 1e-3, MNIST),
-    "digits": Network(digits.trained_model, ("conv_layers.0", "fc_layers.2"), 64, digits_of, 3e-4, MNIST),
-    "efficientnet_lite0": Network(efficientnet.trained_model, ("_conv_stem", "_fc"), 8, halves_of, None, VIEWS),
+    "residual": Network(mnist.trained_model, ("stem.0", "head.2"), 64, digits_of, MNIST, 12_800, 1e-3),
+    "digits": Network(digits.trained_model, ("conv_layers.0", "fc_layers.2"), 64, digits_of, MNIST, 6_400, 3e-4),
+    "efficientnet_lite0": Network(efficientnet.trained_model, ("_conv_stem", "_fc"), 8, halves_of, VIEWS),
 }
 
 
@@ -135,21 +137,25 @@ def figures(exact: Tensor, answered: Tensor, labels: Tensor) -> dict[str, float]
     }
 
 
+def task_of(network: str, calibration: Tensor, seed: int) -> Task:
+    """What a method gets."""
+    facts = NETWORKS[network]
+    train = None
+    if facts.training_images:
+        images, labels = (own[: facts.training_images] for own in (data().train.images, data().train.labels))
+        train = mnist.Batches(images, labels, BATCH_SIZE, shuffled=True)
+    return Task(trained(network), facts.ends, calibration, facts.batch_size, seed, train, facts.learning_rate)
+
+
 def measure(network: str, name: str, seed: int) -> Record:
     """One item; what raises is recorded."""
     record: Record = {"network": network, "method": name, "seed": seed}
-    facts, method = NETWORKS[network], METHODS[name]
+    method, parts = METHODS[name], NETWORKS[network].parts(seed)
     answers: list[Tensor] = []
-    parts = facts.parts(seed)
     preparing = testing = 0.0
     try:
         for part in parts:
-            train = None
-            if facts.learning_rate is not None:
-                images = data().train
-                train = mnist.Batches(images.images[:IMAGES], images.labels[:IMAGES], BATCH_SIZE, shuffled=True)
-            rate = facts.learning_rate or 0.0
-            task = Task(trained(network), facts.ends, part.calibration, facts.batch_size, seed, train, rate)
+            task = task_of(network, part.calibration, seed)
             seconds, classify = timed(lambda task=task: method.quantize(task))
             preparing += seconds
             seconds, answered = timed(lambda part=part, classify=classify: logits(network, classify, part.images))
@@ -188,18 +194,7 @@ def write(record: Record) -> None:
     versions |= {
         found.name: found.version for name in PACKAGES for found in importlib.metadata.distributions(name=name)
     }
-    networks = dict(before["networks"])
-    for name in {network for network, _, _ in rows} - set(networks):
-        parts = NETWORKS[name].parts(0)
-        labels = torch.cat([part.labels for part in parts])
-        networks[name] = {
-            "parameters": sum(parameter.numel() for parameter in trained(name).parameters()),
-            "tested": NETWORKS[name].tested,
-            "images": len(labels),
-            "known": int((labels >= 0).sum()),
-            "calibration_images": len(parts[0].calibration),
-            "learning_rate": NETWORKS[name].learning_rate,
-        }
+    networks = {**before["networks"], record["network"]: facts_of(record["network"])}
     methods = before["methods"] | {
         name: {
             "says": method.says,
@@ -215,7 +210,7 @@ def write(record: Record) -> None:
         "versions": versions,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": 1,
-        "fine_tuning": {"images": IMAGES, "batch_size": BATCH_SIZE, "epochs": 1, "optimizer": "AdamW, OneCycleLR"},
+        "fine_tuning": {"batch_size": BATCH_SIZE, "epochs": 1, "optimizer": "AdamW, OneCycleLR"},
         "networks": {name: networks[name] for name in NETWORKS if name in networks},
         "methods": {name: methods[name] for name in order if name in methods},
         "rows": sorted(
@@ -225,12 +220,29 @@ def write(record: Record) -> None:
     write_text(RESULT, json.dumps(document, indent=1) + "\n")
 
 
+@cache
+def facts_of(network: str) -> Record:
+    """What a reader wants to know of a network."""
+    facts = NETWORKS[network]
+    parts = facts.parts(0)
+    labels = torch.cat([part.labels for part in parts])
+    return {
+        "parameters": sum(parameter.numel() for parameter in trained(network).parameters()),
+        "tested": facts.tested,
+        "images": len(labels),
+        "known": int((labels >= 0).sum()),
+        "calibration_images": len(parts[0].calibration),
+        "training_images": facts.training_images,
+        "learning_rate": facts.learning_rate,
+    }
+
+
 def chosen(network: str, patterns: Iterable[str] | None) -> list[str]:
     """The methods that the network can have, and whose names match one of the patterns; all without any."""
     names = [
         name
         for name, method in METHODS.items()
-        if (NETWORKS[network].learning_rate is not None or not method.trains) and method.fits(trained(network))
+        if (NETWORKS[network].training_images or not method.trains) and method.fits(trained(network))
     ]
     return [name for name in names if patterns is None or any(fnmatch(name, pattern) for pattern in patterns)]
 

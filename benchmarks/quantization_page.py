@@ -53,12 +53,12 @@ def page() -> str:
     """The whole page."""
     document = read("quantization")
     seeds = len({row["seed"] for row in document["rows"]})
-    tuning = document["fine_tuning"]
-    tuning = {**tuning, "steps": -(-tuning["images"] // tuning["batch_size"])}
+    batch_size = document["fine_tuning"]["batch_size"]
     parts = [INTRODUCTION.format(seeds=seeds), claims(document)]
     for network, facts in document["networks"].items():
         parts += [f"## {TITLES[network]}", FACTS.format(**facts)]
-        parts += [TRAINED.format(**tuning)] if facts["learning_rate"] else []
+        steps = -(-facts["training_images"] // batch_size)
+        parts += [TRAINED.format(steps=steps, batch_size=batch_size)] if steps else []
         parts += [VIEWS.format(one=100 / facts["images"], **facts)] if facts["known"] < facts["images"] else []
         parts += [table(document, network)]
     parts += [errors(document), SECONDS, seconds(document)]
@@ -93,10 +93,21 @@ def places(row: Mapping[str, Any], network: str, seed: int) -> bool:
     return (row["network"], row["seed"]) == (network, seed) and "accuracy" in row
 
 
+def order(facts: Document) -> tuple[int, ...]:
+    """What is not quantized, then what does not train, then what does; by bits, so that peers stand beside ours.
+
+    >>> sorted([{"bits": "4/8", "trains": False}, {"bits": None, "trains": True}], key=order)[0]["bits"] is None
+    True
+    """
+    if facts["bits"] is None:
+        return (0,)
+    return (1 + facts["trains"], *(-int(bits) for bits in facts["bits"].split("/")))
+
+
 def table(document: Document, network: str) -> str:
     """One network: a row for each method."""
     lines = ["| | bits | trains | accuracy, % | agreement, % | SNR, dB |", "| --- | ---: | --- | ---: | ---: | ---: |"]
-    for method, facts in document["methods"].items():
+    for method, facts in sorted(document["methods"].items(), key=lambda item: order(item[1])):
         rows = measured(document, network, method)
         if rows:
             cells = [
