@@ -276,7 +276,7 @@ def main() -> None:
     items = [item for item in items if options.again or item not in done]
     for network, seed in sorted({(network, seed) for network, _, seed in items}):
         reference(network, seed)  # once, before the processes fork
-    for outcome in run_each(lambda item, _: measure(*item), items, jobs=options.jobs, limit=900.0):
+    for outcome in run_each(lambda item, _: measure(*item), items, jobs=options.jobs, limit=1800.0):
         network, method, seed = outcome.item
         record = {"network": network, "method": method, "seed": seed, **outcome.record}
         if outcome.ended is not None:

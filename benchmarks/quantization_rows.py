@@ -24,20 +24,12 @@ from tersor.quantization import (
     PtqQuantizer,
     QATQuantizer,
     Quantizer,
+    auto_fuse,
     equalize,
+    fuse_modules,
     mixed_precision,
 )
 from tersor.training import TorchEvaluator
-
-
-def auto_fuse(model: nn.Module, example: Tensor) -> list[Any]:
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    return []
-
-
-def fuse_modules(model: nn.Module, chains: Any, example: Tensor) -> nn.Module:
-    return model
-
 
 Classify = Callable[[Tensor], Tensor]
 """From images to logits."""
@@ -362,7 +354,9 @@ QUANTIZERS: dict[str, Method] = {
     "fp32, fine-tuned": Method(_tuned, "trained as the rows that train, without quantization", None, trains=True),
     "PTQ": calibrated(PtqQuantizer, EIGHT, "its default observers: mse for inputs, minmax for weights"),
     **{f"PTQ, {observer}": _observed_by(observer) for observer in OBSERVERS if observer != "mse"},
-    "PTQ, bias correction": calibrated(PtqQuantizer, EIGHT, "its default observers", options={"bias_correction": True}),
+    "PTQ, bias correction": calibrated(
+        PtqQuantizer, EIGHT, "its default observers", options={"bias_correction": True}
+    ),
     "PTQ, equalised": calibrated(PtqQuantizer, EIGHT, "norms folded and layers equalised before", prepare=_equalize),
     "PTQ, per tensor": calibrated(PtqQuantizer, EIGHT, "one scale for each weight", weights=WHOLE),
     "PTQ, per tensor, equalised": calibrated(
