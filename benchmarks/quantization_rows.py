@@ -354,9 +354,7 @@ QUANTIZERS: dict[str, Method] = {
     "fp32, fine-tuned": Method(_tuned, "trained as the rows that train, without quantization", None, trains=True),
     "PTQ": calibrated(PtqQuantizer, EIGHT, "its default observers: mse for inputs, minmax for weights"),
     **{f"PTQ, {observer}": _observed_by(observer) for observer in OBSERVERS if observer != "mse"},
-    "PTQ, bias correction": calibrated(
-        PtqQuantizer, EIGHT, "its default observers", options={"bias_correction": True}
-    ),
+    "PTQ, bias correction": calibrated(PtqQuantizer, EIGHT, "its default observers", options={"bias_correction": True}),
     "PTQ, equalised": calibrated(PtqQuantizer, EIGHT, "norms folded and layers equalised before", prepare=_equalize),
     "PTQ, per tensor": calibrated(PtqQuantizer, EIGHT, "one scale for each weight", weights=WHOLE),
     "PTQ, per tensor, equalised": calibrated(
