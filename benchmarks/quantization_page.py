@@ -28,10 +28,16 @@ where the others have fewer; DoReFa and BNN leave them in fp32, as their papers 
 have one scale for each output channel and are symmetric, inputs have one scale and zero point. Additions, pooling and
 biases stay in fp32, but for NNCF, which decides itself. *Agreement* is how often the answer is that of the network in
 fp32, *SNR* the signal-to-noise ratio of the logits against it. All of Tersor's figures are of simulated integers.
+
+What to keep in mind: SNR compares rows that do not train; training moves the logits, whatever it does to accuracy.
+Ranges by entropy fail where one value (the background of a digit) is much more frequent than all others, since what is
+lost elsewhere then counts for little. NNI's learned steps begin at 0.01 whatever the values are, and many more steps of
+training would bring them further. A ReLU6 that becomes a ReLU, as the paper on equalisation has it, is another function
+before anything is quantized.
 """
-TRAINED = """Marked rows train all weights for {steps} steps of {batch_size} images, with AdamW and one cycle of
-the learning rate, from the same trained network; *fp32, fine-tuned* is what these steps are worth without quantization.
-So few steps are enough for 4 bits, and little for one: a binary network that is trained from the start does far better.
+TRAINED = """Marked rows train all weights for {steps} steps of {batch_size} images, with AdamW and one cycle of the
+learning rate, from the same trained network; *fp32, fine-tuned* is what these steps are worth without quantization. So
+few steps are enough for 4 bits, and little for one: a binary network that is trained from the start does far better.
 """
 TITLES = {
     "residual": "MNIST: the residual network of [examples/mnist.py](../examples/mnist.py)",

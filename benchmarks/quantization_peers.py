@@ -57,15 +57,17 @@ _WHOLE = ("DoReFaQuantizer", "BNNQuantizer")
 
 
 def _nni_config_list(name: str, task: Task, bits: Bits, scheme: str, fused: bool) -> list[dict[str, Any]]:
-    """One entry for the layers between, one for the first and the last."""
+    """One entry for the layers between, and one each for the first and the last."""
     layers = [key for key, module in task.model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     weight_scheme = "affine" if name in ("DoReFaQuantizer", "LsqPlusQuantizer") else "symmetric"
 
     def entry(names: list[str], weights: int, inputs: int) -> dict[str, Any]:
+        signed = scheme == "symmetric" and names == [task.ends[0]]  # as with ours
         weight: dict[str, Any] = {"quant_dtype": f"int{weights}", "quant_scheme": weight_scheme}
         if name not in _WHOLE:
             weight["granularity"] = "out_channel"
-        settings = {"weight": weight, "_input_": {"quant_dtype": f"uint{inputs}", "quant_scheme": scheme}}
+        value = {"quant_dtype": f"{'int' if signed else 'uint'}{inputs}", "quant_scheme": scheme}
+        settings = {"weight": weight, "_input_": value}
         asked: dict[str, Any] = {"op_names": names, "target_names": [*settings], "target_settings": settings}
         asked["quant_dtype"] = f"int{weights}"  # it insists on one here, and takes those of the settings
         pairs = [pair for pair in norms(task.model) if pair[0] in names] if fused else []
@@ -74,7 +76,7 @@ def _nni_config_list(name: str, task: Task, bits: Bits, scheme: str, fused: bool
     between = [key for key in layers if key not in task.ends]
     if name == "BNNQuantizer":  # it has one bit, and no other
         return [entry(between, bits.weights, bits.activations)]
-    return [entry(between, bits.weights, bits.activations), entry(list(task.ends), 8, 8)]
+    return [entry(between, bits.weights, bits.activations), *(entry([name], 8, 8) for name in task.ends)]
 
 
 def _nni_evaluator(model: nn.Module, task: Task) -> Any:
