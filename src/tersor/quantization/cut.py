@@ -78,6 +78,24 @@ class Cut:
         blocks = self.blocks(x.shape)
         return x.reshape(-1) if blocks is None else blocks.split(x)
 
+    def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the greatest element of each block, of the grid's shape, float32 at least.
+
+        Blocks that are whole along dimensions are reduced where they lie: in the order of memory, and without a copy.
+
+        >>> Cut("", None, ()).extremes(torch.tensor([[1.0, -2.0], [3.0, 0.0]]))
+        (tensor(-2.), tensor(3.))
+        """
+        blocks, dtype = self.blocks(x.shape), torch.promote_types(x.dtype, torch.float32)
+        if blocks is None:
+            return x.amin().to(dtype), x.amax().to(dtype)
+        sizes = list(zip(x.shape, blocks.block, strict=True))
+        whole = [dim for dim, (size, part) in enumerate(sizes) if size == part]
+        if whole and all(part in (1, size) for size, part in sizes):
+            return x.amin(whole, keepdim=True).to(dtype), x.amax(whole, keepdim=True).to(dtype)
+        rows = blocks.split(x)
+        return rows.amin(-1).to(dtype), rows.amax(-1).to(dtype)
+
     def spread(self, per_block: Tensor, shape: torch.Size) -> Tensor:
         """One value a block, in a shape that broadcasts against a tensor of this shape."""
         blocks = self.blocks(shape)
