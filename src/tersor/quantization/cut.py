@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,11 +89,11 @@ class Cut:
         """
         blocks, dtype = self.blocks(x.shape), torch.promote_types(x.dtype, torch.float32)
         if blocks is None:
-            return x.amin().to(dtype), x.amax().to(dtype)
+            return amin(x).to(dtype), x.amax().to(dtype)
         sizes = list(zip(x.shape, blocks.block, strict=True))
         whole = [dim for dim, (size, part) in enumerate(sizes) if size == part]
         if whole and all(part in (1, size) for size, part in sizes):
-            return x.amin(whole, keepdim=True).to(dtype), x.amax(whole, keepdim=True).to(dtype)
+            return amin(x, whole, keepdim=True).to(dtype), x.amax(whole, keepdim=True).to(dtype)
         rows = blocks.split(x)
         return rows.amin(-1).to(dtype), rows.amax(-1).to(dtype)
 
@@ -100,3 +101,12 @@ class Cut:
         """One value a block, in a shape that broadcasts against a tensor of this shape."""
         blocks = self.blocks(shape)
         return per_block if blocks is None else blocks.expand_compact(per_block)
+
+
+def amin(x: Tensor, dim: Sequence[int] = (), *, keepdim: bool = False) -> Tensor:
+    """As ``x.amin``; the compiler computes what it is taken of again in the backward pass, rather than to keep it.
+
+    It knows that of ``amax``, and not of ``amin`` (torch 2.13), after which all that is near is kept; bools among it
+    are slow on CPU.
+    """
+    return -(-x).amax(dim, keepdim) if torch.compiler.is_compiling() else x.amin(dim, keepdim)

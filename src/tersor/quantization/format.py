@@ -181,6 +181,7 @@ class _Simulate(torch.autograd.Function):
         inside, *parameters = ctx.saved_tensors
         if parameters:
             shifted = ctx.form._shifted(inside, *parameters)
-            # A number and no bool: bools that pass from one kernel to another are slow on CPU (inductor of torch 2.13).
-            inside = 1 - (shifted - shifted.clamp(ctx.form.low, ctx.form.high)).sign().abs()
+            # A number in place of a bool, which would be kept for the backward pass after all, and is slow on CPU.
+            beyond = (shifted - shifted.clamp(ctx.form.low, ctx.form.high)).abs()
+            inside = 1 - (beyond * 1e6).clamp(max=1)
         return (gradients[0] * inside).to(gradients[0].dtype), None, None, None

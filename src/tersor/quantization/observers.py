@@ -60,7 +60,12 @@ class Sized(nn.Module):
         buffer = self._buffers[name]
         assert buffer is not None
         if buffer.shape == value.shape and buffer.device == value.device:
-            buffer.copy_(value)
+            if torch.compiler.is_compiling():
+                # A copy is an operator that the compiler does not fuse (torch 2.13): it would keep what is around it
+                # for the backward pass, bools among it, which are slow on CPU.
+                buffer.zero_().add_(value.to(buffer.dtype))
+            else:
+                buffer.copy_(value)
         else:
             setattr(self, name, value.detach().to(buffer.dtype))
 
