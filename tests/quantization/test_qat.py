@@ -9,9 +9,10 @@ import torch._dynamo  # slow to import, which is no test's fault
 from torch import nn
 from torch.nn import functional as F
 
+from tersor.config import QuantizationSpec
 from tersor.errors import ConflictError, InvalidValueError, NumericalError, TrainingError
 from tersor.pruning import L1NormPruner
-from tersor.quantization import QATQuantizer
+from tersor.quantization import Format, QATQuantizer
 from tersor.testing.processes import in_two_processes, why_not_two
 from tersor.testing.toys import BATCHES, EXAMPLE, FRESH, ToyNetwork, ToyTraining
 
@@ -321,6 +322,26 @@ def test_a_compiled_step_is_one_graph_and_computes_the_same(made):
     for quantizer in (one, other):
         quantizer.finish()
     torch.testing.assert_close(model.eval()(batches[0][0]), eager.eval()(batches[0][0]))
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("int4", torch.float32), ("int8", torch.bfloat16), ("fp8_e4m3", torch.float32)]
+)
+def test_compiled_gradients_stop_where_they_do_in_eager_mode(name, dtype):
+    form = Format.of(QuantizationSpec(quant_dtype=name))
+    x = (torch.linspace(-1.1, 1.1, 2001) * form.high).to(dtype)
+    results = []
+    for simulate in (form.simulate, torch.compile(form.simulate, backend="aot_eager", fullgraph=True)):
+        own = x.clone().requires_grad_()
+        out = simulate(own, torch.tensor(1.0), torch.tensor(0.0))
+        out.backward(x)
+        results.append((out.detach(), own.grad))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+    clipped = (x.round() if name.startswith("int") else x).abs() > form.high
+    assert torch.equal(results[0][1], x * ~clipped)
     torch._dynamo.reset()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +79,34 @@ class Cut:
         blocks = self.blocks(x.shape)
         return x.reshape(-1) if blocks is None else blocks.split(x)
 
+    def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the greatest element of each block, of the grid's shape, float32 at least.
+
+        Blocks that are whole along dimensions are reduced where they lie: in the order of memory, and without a copy.
+
+        >>> Cut("", None, ()).extremes(torch.tensor([[1.0, -2.0], [3.0, 0.0]]))
+        (tensor(-2.), tensor(3.))
+        """
+        blocks, dtype = self.blocks(x.shape), torch.promote_types(x.dtype, torch.float32)
+        if blocks is None:
+            return amin(x).to(dtype), x.amax().to(dtype)
+        sizes = list(zip(x.shape, blocks.block, strict=True))
+        whole = [dim for dim, (size, part) in enumerate(sizes) if size == part]
+        if whole and all(part in (1, size) for size, part in sizes):
+            return amin(x, whole, keepdim=True).to(dtype), x.amax(whole, keepdim=True).to(dtype)
+        rows = blocks.split(x)
+        return rows.amin(-1).to(dtype), rows.amax(-1).to(dtype)
+
     def spread(self, per_block: Tensor, shape: torch.Size) -> Tensor:
         """One value a block, in a shape that broadcasts against a tensor of this shape."""
         blocks = self.blocks(shape)
         return per_block if blocks is None else blocks.expand_compact(per_block)
+
+
+def amin(x: Tensor, dim: Sequence[int] = (), *, keepdim: bool = False) -> Tensor:
+    """As ``x.amin``; the compiler computes what it is taken of again in the backward pass, rather than to keep it.
+
+    It knows that of ``amax``, and not of ``amin`` (torch 2.13), after which all that is near is kept; bools among it
+    are slow on CPU.
+    """
+    return -(-x).amax(dim, keepdim) if torch.compiler.is_compiling() else x.amin(dim, keepdim)

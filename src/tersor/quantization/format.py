@@ -145,10 +145,12 @@ class Format:
         wide = x.dtype is torch.float64 or (self.dtype.bits > _NARROW)
         x, scale = (x.double(), scale.double()) if wide else (x.float(), scale)
         x = x * (1 / scale)
-        return x if isinstance(self.dtype, FloatDtype) else x.round() + zero_point
+        return x if isinstance(self.dtype, FloatDtype) else x.round_().add_(zero_point)
 
     def _stored(self, shifted: Tensor) -> Tensor:
-        stored = shifted.clamp(self.low, self.high)
+        return self._in_type(shifted.clamp(self.low, self.high))
+
+    def _in_type(self, stored: Tensor) -> Tensor:
         return stored.to(self.dtype.torch_dtype).to(stored.dtype) if isinstance(self.dtype, FloatDtype) else stored
 
     def as_calibration(self) -> dict[str, Any]:
@@ -166,19 +168,20 @@ class _Simulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, form: Format) -> Tensor:
         shifted = form._shifted(x, scale, zero_point)
+        clipped = shifted.clamp(form.low, form.high)
         ctx.form = form
         if torch.compiler.is_compiling():  # what is fused is cheaper to compute again than to keep
             ctx.save_for_backward(x, scale, zero_point)
         else:
-            ctx.save_for_backward((shifted >= form.low) & (shifted <= form.high))
-        return form.dequantize(form._stored(shifted), scale, zero_point).to(x.dtype)
+            ctx.save_for_backward(shifted == clipped)
+        return form._in_type(clipped).sub_(zero_point).mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        if torch.compiler.is_compiling():
-            shifted = ctx.form._shifted(*ctx.saved_tensors)
-            # A number and no bool: bools that pass from one kernel to another are slow on CPU (inductor of torch 2.13).
-            inside = 1 - (shifted - shifted.clamp(ctx.form.low, ctx.form.high)).sign().abs()
-            return (gradients[0] * inside).to(gradients[0].dtype), None, None, None
-        (inside,) = ctx.saved_tensors
-        return gradients[0] * inside, None, None, None
+        inside, *parameters = ctx.saved_tensors
+        if parameters:
+            shifted = ctx.form._shifted(inside, *parameters)
+            # A number in place of a bool, which would be kept for the backward pass after all, and is slow on CPU.
+            beyond = (shifted - shifted.clamp(ctx.form.low, ctx.form.high)).abs()
+            inside = 1 - (beyond * 1e6).clamp(max=1)
+        return (gradients[0] * inside).to(gradients[0].dtype), None, None, None

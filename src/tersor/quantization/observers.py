@@ -60,7 +60,12 @@ class Sized(nn.Module):
         buffer = self._buffers[name]
         assert buffer is not None
         if buffer.shape == value.shape and buffer.device == value.device:
-            buffer.copy_(value)
+            if torch.compiler.is_compiling():
+                # A copy is an operator that the compiler does not fuse (torch 2.13): it would keep what is around it
+                # for the backward pass, bools among it, which are slow on CPU.
+                buffer.zero_().add_(value.to(buffer.dtype))
+            else:
+                buffer.copy_(value)
         else:
             setattr(self, name, value.detach().to(buffer.dtype))
 
@@ -104,8 +109,20 @@ class _Range(RangeObserver):
         self.put("maximum", maximum)
 
 
+class Extremes(_Range):
+    """Base of the observers for which the least and the greatest value of each batch are enough."""
+
+    def add(self, rows: Tensor) -> None:
+        """Take in a batch."""
+        self.include(rows.amin(-1), rows.amax(-1))
+
+    @abstractmethod
+    def include(self, minimum: Tensor, maximum: Tensor) -> None:
+        """Take in a batch of which the least and the greatest value of each block are known."""
+
+
 @final
-class MinMax(_Range):
+class MinMax(Extremes):
     """The least and the greatest value of all.
 
     >>> observer = MinMax()
@@ -115,9 +132,8 @@ class MinMax(_Range):
     (tensor(-1.), tensor(3.))
     """
 
-    def add(self, rows: Tensor) -> None:
+    def include(self, minimum: Tensor, maximum: Tensor) -> None:
         """Widen the range."""
-        minimum, maximum = rows.amin(-1), rows.amax(-1)
         self._put(torch.minimum(self.minimum, minimum), torch.maximum(self.maximum, maximum))
 
     def synchronize(self) -> None:
@@ -128,16 +144,16 @@ class MinMax(_Range):
 
 
 @final
-class Latest(_Range):
+class Latest(Extremes):
     """The range of the values seen last: for weights, which are all seen at once."""
 
-    def add(self, rows: Tensor) -> None:
+    def include(self, minimum: Tensor, maximum: Tensor) -> None:
         """Forget what was before."""
-        self._put(rows.amin(-1), rows.amax(-1))
+        self._put(minimum, maximum)
 
 
 @final
-class MovingAverage(_Range):
+class MovingAverage(Extremes):
     """The exponential moving averages of the minima and maxima of batches; the first batch counts as it is.
 
     Paper: Jacob et al. (CVPR 2018), section 3.1.
@@ -156,9 +172,8 @@ class MovingAverage(_Range):
         super().__init__()
         self.decay = decay
 
-    def add(self, rows: Tensor) -> None:
+    def include(self, minimum: Tensor, maximum: Tensor) -> None:
         """Move towards this batch's."""
-        minimum, maximum = rows.amin(-1), rows.amax(-1)
         self._put(self._moved(self.minimum, minimum), self._moved(self.maximum, maximum))
 
     def _moved(self, average: Tensor, new: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from tersor.errors import CheckpointError, InvalidValueError, NumericalError
 from tersor.quantization.cut import Cut
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.format import Format
-from tersor.quantization.observers import RangeObserver
+from tersor.quantization.observers import Extremes, RangeObserver
 
 
 @final
@@ -90,7 +90,10 @@ class UniformQuantize(FakeQuantize):
             return
         if self.scale.device != value.device:
             self.to(value.device)
-        self.observer.add(self.cut.rows(value.to(torch.promote_types(value.dtype, torch.float32))))
+        if isinstance(self.observer, Extremes):
+            self.observer.include(*self.cut.extremes(value))
+        else:
+            self.observer.add(self.cut.rows(value.to(torch.promote_types(value.dtype, torch.float32))))
         if self.live:
             self.follow()
         if self.enables:
