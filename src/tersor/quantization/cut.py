@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +90,7 @@ class Cut:
         if blocks is None:
             return amin(x).to(dtype), x.amax().to(dtype)
         sizes = list(zip(x.shape, blocks.block, strict=True))
-        whole = [dim for dim, (size, part) in enumerate(sizes) if size == part]
+        whole = tuple(dim for dim, (size, part) in enumerate(sizes) if size == part)
         if whole and all(part in (1, size) for size, part in sizes):
             return amin(x, whole, keepdim=True).to(dtype), x.amax(whole, keepdim=True).to(dtype)
         rows = blocks.split(x)
@@ -103,7 +102,7 @@ class Cut:
         return per_block if blocks is None else blocks.expand_compact(per_block)
 
 
-def amin(x: Tensor, dim: Sequence[int] = (), *, keepdim: bool = False) -> Tensor:
+def amin(x: Tensor, dim: tuple[int, ...] = (), *, keepdim: bool = False) -> Tensor:
     """As ``x.amin``; the compiler computes what it is taken of again in the backward pass, rather than to keep it.
 
     It knows that of ``amax``, and not of ``amin`` (torch 2.13), after which all that is near is kept; bools among it
