@@ -32,7 +32,8 @@ CalibrationConfig = dict[str, dict[str, dict[str, Any]]]
 class Quantizer(Compressor):
     """Base of all quantizers. A new one makes the fake quantization of a target, in one file.
 
-    ``compress()`` returns ``(model, calibration_config)``; the model stays wrapped.
+    ``compress()`` returns ``(model, calibration_config)``; the model stays wrapped. A parameter that is tied is rounded
+    under all of its names.
 
     What a config entry's ``fuse_names`` names is quantized as one module (``plan.fused``): the weight as it is with its
     batch norm folded in, the output behind the last member. An algorithm sees nothing of it: :meth:`fake_quantize`
@@ -200,10 +201,30 @@ class Quantizer(Compressor):
     def _wrap_targets(self) -> None:
         for target in self._quantized():
             self._check_method(target)
+        self._check_ties()
         # Each of these may refuse: nothing is wrapped before all are there.
         transforms = [(target, self._folding(target, self.fake_quantize(target))) for target in self._quantized()]
         for target, transform in transforms:
-            self._stack(target).add(transform)
+            for module, name in self.wrappers.tied(*self.simulated_at(target)):
+                self.wrappers[module].stack(name).add(transform)
+
+    def _check_ties(self) -> None:
+        """Refuse two targets that are one tensor.
+
+        Raises:
+            ConflictError: naming both.
+        """
+        fused = [other for other in self._chain if isinstance(other, Quantizer) and other is not self]
+        others = [target for other in fused for target in other._quantized()]
+        owners = {place: target.name for target in others for place in self.wrappers.tied(*target.place)}
+        for target in self._quantized():
+            if target.place in owners:
+                raise ConflictError(
+                    f"is the tensor of {owners[target.place]} as well",
+                    where=f"{target.config.where} on {target.name}",
+                    remedy="Give one of its names to the quantizer; it holds for all.",
+                )
+            owners |= dict.fromkeys(self.wrappers.tied(*target.place), target.name)
 
     def _check_method(self, target: PlannedTarget) -> None:
         method = spec_of(target).apply_method
