@@ -171,6 +171,20 @@ def check_form(name: str, form: Format, calibration: Mapping[str, Any]) -> None:
                 where=name,
                 remedy="Make the quantizer from the config list that the calibration was made with.",
             )
+    found: list[Tensor] = []
     for key in ("scale", "zero_point"):
         if key not in calibration:
             raise CheckpointError(f"the calibration has no {key!r}", where=name)
+        value = calibration[key]
+        if not isinstance(value, (Tensor, int, float)):
+            raise CheckpointError(f"{key} is a {type(value).__name__} in the calibration, and no tensor", where=name)
+        found.append(torch.as_tensor(value).double())
+    scale, zero_point = found
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise CheckpointError("scale is not finite and above 0 everywhere in the calibration", where=name)
+    if not bool(((zero_point == zero_point.round()) & (zero_point >= form.low) & (zero_point <= form.high)).all()):
+        raise CheckpointError(
+            "zero_point is not a whole number that can be stored everywhere in the calibration",
+            where=name,
+            legal=[f"{form.low} to {form.high}"],
+        )
