@@ -112,6 +112,16 @@ def test_blocks_that_follow_the_batch_are_refused_at_run_time():
         quantizer.model(FRESH)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 5, 6, 7])
+def test_channels_of_a_linear_layer_are_last_however_many_dimensions_there_are(rank):
+    x = torch.randn(*[2] * (rank - 1), 4, generator=torch.Generator().manual_seed(0))
+    config = [{"op_types": ["Linear"], "target_names": ["_input_0"], "granularity": "per_channel"}]
+    quantizer = Calibrated(nn.Linear(4, 3), config, calibration=[x])
+    _, calibration = quantizer.compress()
+    largest = x.abs().reshape(-1, 4).amax(0)
+    torch.testing.assert_close(calibration[""]["_input_0"]["scale"], (largest / 127).view([1] * (rank - 1) + [4]))
+
+
 def test_the_calibration_makes_a_fresh_quantizer_equal(tmp_path):
     quantizer = quantized()
     saved = load_calibration(save_calibration(quantizer.get_calibration_config(), tmp_path / "c.safetensors"))
