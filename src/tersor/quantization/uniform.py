@@ -85,15 +85,22 @@ class UniformQuantize(FakeQuantize):
 
     @torch.no_grad()
     def watch(self, value: Tensor) -> None:
-        """Show a value to the observer."""
+        """Show a value to the observer.
+
+        Raises:
+            InvalidValueError: it has other blocks than the values before it.
+        """
         if (self.only_in_training and not self.training) or not value.is_floating_point() or not value.numel():
             return
         if self.scale.device != value.device:
             self.to(value.device)
-        if isinstance(self.observer, Extremes):
-            self.observer.include(*self.cut.extremes(value))
-        else:
-            self.observer.add(self.cut.rows(value.to(torch.promote_types(value.dtype, torch.float32))))
+        try:
+            if isinstance(self.observer, Extremes):
+                self.observer.include(*self.cut.extremes(value))
+            else:
+                self.observer.add(self.cut.rows(value.to(torch.promote_types(value.dtype, torch.float32))))
+        except InvalidValueError as error:
+            raise InvalidValueError(error.what, where=self.name, legal=error.legal, remedy=error.remedy) from None
         if self.live:
             self.follow()
         if self.enables:
@@ -111,7 +118,8 @@ class UniformQuantize(FakeQuantize):
             raise NumericalError(
                 "no value was ever seen here" if never else "values are infinite or not numbers",
                 where=self.name,
-                remedy="Give calibration data that reaches this module, or leave it out."
+                remedy="Give calibration data that reaches this module, or leave it out; integers and bools are never "
+                "rounded, and a weight that another module reads (attention's out_proj) has no inputs of its own."
                 if never
                 else "Look for overflow in the model (float16?) or in the calibration data.",
             )
