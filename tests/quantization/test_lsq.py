@@ -322,6 +322,17 @@ def test_values_of_any_size_begin_with_the_same_grid(made, kind, scheme):
 
 
 @BOTH
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_scale_that_began_with_no_number_is_refused(made, kind, value):
+    model = nn.Sequential(nn.Linear(4, 2))
+    quantizer = made(model, [{"op_types": ["Linear"], "target_names": ["_input_0"]}], kind=kind)
+    quantizer.start()
+    model(torch.full((3, 4), value))
+    with pytest.raises(NumericalError, match=r"0._input_0: the first values .* not numbers"):
+        quantizer.finish()
+
+
+@BOTH
 def test_copies_and_wrapping_again(made, kind):
     model = ToyNetwork()
     quantizer = made(model, ALL, kind=kind)

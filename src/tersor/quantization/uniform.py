@@ -167,10 +167,10 @@ class UniformQuantize(FakeQuantize):
 
 
 def check_form(name: str, form: Format, calibration: Mapping[str, Any]) -> None:
-    """Refuse a calibration of a target that is stored as something else.
+    """Refuse a calibration of a target that is stored as something else, or that no kernel could use.
 
     Raises:
-        CheckpointError: another format, or a key is missing.
+        CheckpointError: another format; a key is missing, or holds what is no scale or no zero point.
     """
     for key, own in form.as_calibration().items():
         if calibration.get(key) != own:
