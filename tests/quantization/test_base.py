@@ -112,6 +112,16 @@ def test_blocks_that_follow_the_batch_are_refused_at_run_time():
         quantizer.model(FRESH)
 
 
+@pytest.mark.parametrize("rank", [1, 2, 5, 6, 7])
+def test_channels_of_a_linear_layer_are_last_however_many_dimensions_there_are(rank):
+    x = torch.randn(*[2] * (rank - 1), 4, generator=torch.Generator().manual_seed(0))
+    config = [{"op_types": ["Linear"], "target_names": ["_input_0"], "granularity": "per_channel"}]
+    quantizer = Calibrated(nn.Linear(4, 3), config, calibration=[x])
+    _, calibration = quantizer.compress()
+    largest = x.abs().reshape(-1, 4).amax(0)
+    torch.testing.assert_close(calibration[""]["_input_0"]["scale"], (largest / 127).view([1] * (rank - 1) + [4]))
+
+
 def test_the_calibration_makes_a_fresh_quantizer_equal(tmp_path):
     quantizer = quantized()
     saved = load_calibration(save_calibration(quantizer.get_calibration_config(), tmp_path / "c.safetensors"))
@@ -129,10 +139,24 @@ def test_the_calibration_makes_a_fresh_quantizer_equal(tmp_path):
         (lambda c: c["hidden"]["weight"].pop("scale"), CheckpointError, "no 'scale'"),
         (lambda c: c["hidden"]["weight"].update(scale=torch.ones(10)), CheckpointError, r"\(10,\) blocks .* \(10, 1\)"),
         (lambda c: c["hidden"]["_input_0"].update(scale=torch.ones(1)), CheckpointError, r"\(1,\) blocks .* \(\)"),
+        (lambda c: c["hidden"]["_input_0"].update(scale=torch.tensor(torch.nan)), CheckpointError, "scale is not fin"),
+        (lambda c: c["hidden"]["weight"]["scale"][3].zero_(), CheckpointError, "scale is not finite and above 0"),
+        (lambda c: c["hidden"]["weight"]["scale"][3].neg_(), CheckpointError, "scale is not finite and above 0"),
+        (lambda c: c["hidden"]["_input_0"].update(scale="0.5"), CheckpointError, "scale is a str .* no tensor"),
+        (lambda c: c["hidden"]["_input_0"].update(zero_point=torch.tensor(0.5)), CheckpointError, "no.* whole number"),
+        (lambda c: c["hidden"]["_input_0"].update(zero_point=999), CheckpointError, "-127 to 127"),
+        (
+            lambda c: c["hidden"]["_input_0"].update(zero_point=torch.zeros(5)),
+            CheckpointError,
+            r"zero points for \(5,\).* \(\)",
+        ),
+        (lambda c: c["hidden"].update(_input_0=None), CheckpointError, "hidden._input_0: a NoneType is no part"),
+        (lambda c: c.update(hidden="scales"), CheckpointError, "hidden: a str is no part"),
     ],
 )
 def test_a_calibration_that_does_not_fit_changes_nothing(change, error, message):
     calibration = quantized().get_calibration_config()
+    assert calibration["hidden"]["_input_0"]["quant_max"] == 127
     change(calibration)
     other = Calibrated(network(), CONFIG)
     with pytest.raises(error, match=message):

@@ -301,6 +301,38 @@ def test_a_tied_weight_has_one_step(made, kind):
 
 
 @BOTH
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+def test_values_of_any_size_begin_with_the_same_grid(made, kind, scheme):
+    if kind is LsqQuantizer and scheme == "affine":
+        pytest.skip("LSQ has no affine scheme")
+    x, scales = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)), []
+    for size in (1.0, 2.0**-30, 2.0**30):
+        torch.manual_seed(0)
+        layer = nn.Linear(8, 4, bias=False)
+        layer.weight.data.mul_(size)
+        targets = {"target_names": ["weight", "_input_0"], "quant_scheme": scheme}
+        quantizer = made(layer, [{"op_types": ["Linear"], **targets}], kind=kind)
+        quantizer.start()
+        layer(x * size)
+        quantizer.finish()
+        of = quantizer.get_calibration_config()[""]
+        scales.append(torch.cat([of[name]["scale"].flatten() for name in ("weight", "_input_0")]) / size)
+    assert torch.equal(scales[1], scales[0])
+    assert torch.equal(scales[2], scales[0])
+
+
+@BOTH
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_scale_that_began_with_no_number_is_refused(made, kind, value):
+    model = nn.Sequential(nn.Linear(4, 2))
+    quantizer = made(model, [{"op_types": ["Linear"], "target_names": ["_input_0"]}], kind=kind)
+    quantizer.start()
+    model(torch.full((3, 4), value))
+    with pytest.raises(NumericalError, match=r"0._input_0: the first values .* not numbers"):
+        quantizer.finish()
+
+
+@BOTH
 def test_copies_and_wrapping_again(made, kind):
     model = ToyNetwork()
     quantizer = made(model, ALL, kind=kind)

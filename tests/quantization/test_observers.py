@@ -1,13 +1,24 @@
 """Ranges over streams of batches, and over two processes."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 
-from tersor.config import QuantizationSpec
+from tersor.config import Granularity, IntDtype, QuantizationSpec
 from tersor.errors import InvalidValueError
-from tersor.quantization import ByHistogram, ByValues, Format, Latest, MinMax, MovingAverage, observer_of
+from tersor.quantization import (
+    ByHistogram,
+    ByValues,
+    Cut,
+    Format,
+    Latest,
+    MinMax,
+    MovingAverage,
+    UniformQuantize,
+    observer_of,
+)
 from tersor.quantization.clipping import least_squares_range, least_squares_range_of_values, percentile_range
 from tersor.quantization.histogram import Histogram
 from tersor.testing.processes import in_two_processes, why_not_two
@@ -125,3 +136,15 @@ def test_two_processes_both_learn_that_one_of_them_saw_infinity():
         return {"range": torch.stack(observer.range())}
 
     assert all(not found["range"].isfinite().all() for found in in_two_processes(work))
+
+
+@pytest.mark.parametrize("observer", [MinMax(), MovingAverage()])
+@pytest.mark.parametrize("rows", [3, 8])
+def test_other_blocks_than_before_are_refused_by_name(observer, rows):
+    observer = copy.deepcopy(observer)
+    by_token = Cut("fc._input_0", Granularity.parse([-1]), ((0, 0), (0, 0), (1, 1)))
+    transform = UniformQuantize("fc._input_0", Format(IntDtype(8), "symmetric", -127, 127), by_token, observer)
+    transform.watch(torch.ones(1, 4))
+    with pytest.raises(InvalidValueError, match=rf"fc._input_0: values of \({rows}, 1\) blocks .* \(1, 1\).*dynamic"):
+        transform.watch(torch.ones(rows, 4))
+    assert [tuple(bound.shape) for bound in transform.observer.range()] == [(1, 1), (1, 1)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -32,7 +33,8 @@ CalibrationConfig = dict[str, dict[str, dict[str, Any]]]
 class Quantizer(Compressor):
     """Base of all quantizers. A new one makes the fake quantization of a target, in one file.
 
-    ``compress()`` returns ``(model, calibration_config)``; the model stays wrapped.
+    ``compress()`` returns ``(model, calibration_config)``; the model stays wrapped. A parameter that is tied is rounded
+    under all of its names.
 
     What a config entry's ``fuse_names`` names is quantized as one module (``plan.fused``): the weight as it is with its
     batch norm folded in, the output behind the last member. An algorithm sees nothing of it: :meth:`fake_quantize`
@@ -97,10 +99,11 @@ class Quantizer(Compressor):
         known = {target.name: (target, transform) for target, transform in self.transforms()}
         asked = {
             f"{module}.{name}" if module else name: calibration
-            for module, targets in config.items()
-            for name, calibration in targets.items()
+            for module, targets in _mapping(config, "calibration").items()
+            for name, calibration in _mapping(targets, module).items()
         }
         for name, calibration in asked.items():
+            _mapping(calibration, name)
             if name not in known:
                 raise UnmatchedError("this quantizer has no such target", where=name, remedy=nearest(name, known))
             target, transform = known[name]
@@ -112,16 +115,21 @@ class Quantizer(Compressor):
     def _check_blocks(self, target: PlannedTarget, transform: FakeQuantize, calibration: Mapping[str, Any]) -> None:
         """Refuse scales for other blocks; those of an input or output cut in blocks are known at run time alone."""
         cut, scale = getattr(transform, "cut", None), calibration.get("scale")
-        is_input = is_activation(target.config.target_name)
-        if not isinstance(cut, Cut) or not isinstance(scale, Tensor) or (is_input and cut.granularity is not None):
+        if not isinstance(cut, Cut) or scale is None:
             return
-        grid = () if is_input else cut.grid(self.latent(target).shape)
-        if scale.shape != grid:
-            raise CheckpointError(
-                f"there are scales for {tuple(scale.shape)} blocks in the calibration, and it has {grid}",
-                where=target.name,
-                remedy="Make the quantizer from the config list that the calibration was made with.",
-            )
+        shape = torch.as_tensor(scale).shape
+        grid, is_input = shape, is_activation(target.config.target_name)
+        if not is_input:
+            grid = cut.grid(self.latent(target).shape)
+        elif cut.granularity is None:
+            grid = ()
+        for what, own in (("scales", shape), ("zero points", torch.as_tensor(calibration["zero_point"]).shape)):
+            if own != grid:
+                raise CheckpointError(
+                    f"there are {what} for {tuple(own)} blocks in the calibration, and it has {tuple(grid)}",
+                    where=target.name,
+                    remedy="Make the quantizer from the config list that the calibration was made with.",
+                )
 
     def result(self) -> tuple[nn.Module, CalibrationConfig]:
         """The wrapped model and its calibration."""
@@ -200,10 +208,30 @@ class Quantizer(Compressor):
     def _wrap_targets(self) -> None:
         for target in self._quantized():
             self._check_method(target)
+        self._check_ties()
         # Each of these may refuse: nothing is wrapped before all are there.
         transforms = [(target, self._folding(target, self.fake_quantize(target))) for target in self._quantized()]
         for target, transform in transforms:
-            self._stack(target).add(transform)
+            for module, name in self.wrappers.tied(*self.simulated_at(target)):
+                self.wrappers[module].stack(name).add(transform)
+
+    def _check_ties(self) -> None:
+        """Refuse two targets that are one tensor.
+
+        Raises:
+            ConflictError: naming both.
+        """
+        fused = [other for other in self._chain if isinstance(other, Quantizer) and other is not self]
+        others = [target for other in fused for target in other._quantized()]
+        owners = {place: target.name for target in others for place in self.wrappers.tied(*target.place)}
+        for target in self._quantized():
+            if target.place in owners:
+                raise ConflictError(
+                    f"is the tensor of {owners[target.place]} as well",
+                    where=f"{target.config.where} on {target.name}",
+                    remedy="Give one of its names to the quantizer; it holds for all.",
+                )
+            owners |= dict.fromkeys(self.wrappers.tied(*target.place), target.name)
 
     def _check_method(self, target: PlannedTarget) -> None:
         method = spec_of(target).apply_method
@@ -214,6 +242,14 @@ class Quantizer(Compressor):
                 legal=("clamp_round", "bypass", *sorted(self.methods)),
                 remedy="Leave it out: each quantizer sets its own.",
             )
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CheckpointError(
+            f"a {type(value).__name__} is no part of a calibration, which is made of dicts", where=where
+        )
+    return value
 
 
 def spec_of(target: PlannedTarget) -> QuantizationSpec:

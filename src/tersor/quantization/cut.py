@@ -14,7 +14,8 @@ from tersor.targets.channels import activation_channel_dim, channel_dims
 from tersor.targets.granularity import Blocks, block_of
 from tersor.targets.resolve import TargetConfig
 
-_RANKS = range(6)
+_RANKS = range(65)
+"""Tensors have at most 64 dimensions."""
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,9 @@ class RangeObserver(Sized, ABC):
 
         Args:
             rows: shape (*grid, values of a block), float32 or wider, without gradients.
+
+        Raises:
+            InvalidValueError: the grid is another than before, and what was seen before counts.
         """
 
     @abstractmethod
@@ -103,6 +106,15 @@ class _Range(RangeObserver):
     def range(self) -> tuple[Tensor, Tensor]:
         """What was put."""
         return self.minimum, self.maximum
+
+    def _check_blocks(self, new: Tensor) -> None:
+        """Refuse others than before, for which there would be no range; () is where nothing was seen, or one block."""
+        if self.minimum.shape not in ((), new.shape):
+            raise InvalidValueError(
+                f"values of {tuple(new.shape)} blocks come after values of {tuple(self.minimum.shape)}",
+                remedy="A target has to have the same blocks in every batch; 'default' or 'per_channel' do, and for "
+                "one scale a token set dynamic: True.",
+            )
 
     def _put(self, minimum: Tensor, maximum: Tensor) -> None:
         self.put("minimum", minimum)
@@ -134,6 +146,7 @@ class MinMax(Extremes):
 
     def include(self, minimum: Tensor, maximum: Tensor) -> None:
         """Widen the range."""
+        self._check_blocks(minimum)
         self._put(torch.minimum(self.minimum, minimum), torch.maximum(self.maximum, maximum))
 
     def synchronize(self) -> None:
@@ -174,6 +187,7 @@ class MovingAverage(Extremes):
 
     def include(self, minimum: Tensor, maximum: Tensor) -> None:
         """Move towards this batch's."""
+        self._check_blocks(minimum)
         self._put(self._moved(self.minimum, minimum), self._moved(self.maximum, maximum))
 
     def _moved(self, average: Tensor, new: Tensor) -> Tensor:

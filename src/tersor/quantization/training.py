@@ -15,13 +15,12 @@ from tersor.errors import ConflictError
 from tersor.quantization.base import Quantizer, spec_of
 from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
-from tersor.wrapping import Stage
 
 
 class TrainingQuantizer(Quantizer):
     """Base of quantizers whose rounding takes part in the training.
 
-    It knows when each target begins to be rounded, and puts what rounds a tied parameter under all of its names.
+    It knows when each target begins to be rounded.
 
     Args:
         model: the model; it is wrapped in place.
@@ -84,31 +83,6 @@ class TrainingQuantizer(Quantizer):
         """Go on where :meth:`own_state` was asked."""
         super().load_own_state(state)
         self.steps = state["steps"]
-
-    def _wrap_targets(self) -> None:
-        self._check_ties()
-        super()._wrap_targets()
-        for target in self._quantized():
-            transform = self._stack(target).find(Stage.QUANTIZE)
-            assert transform is not None
-            for module, name in self.wrappers.tied(*self.simulated_at(target)):
-                self.wrappers[module].stack(name).put(transform)
-
-    def _check_ties(self) -> None:
-        """Refuse two targets that are one tensor.
-
-        Raises:
-            ConflictError: naming both.
-        """
-        owners: dict[tuple[str, str], PlannedTarget] = {}
-        for target in self._quantized():
-            if target.place in owners:
-                raise ConflictError(
-                    f"is the tensor of {owners[target.place].name} as well",
-                    where=f"{target.config.where} on {target.name}",
-                    remedy="Give one of its names to the quantizer; it holds for all.",
-                )
-            owners |= dict.fromkeys(self.wrappers.tied(*target.place), target)
 
     def _refuse_observer(self, target: PlannedTarget, *used: str) -> None:
         """Refuse an observer that would do nothing.

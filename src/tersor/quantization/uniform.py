@@ -85,15 +85,22 @@ class UniformQuantize(FakeQuantize):
 
     @torch.no_grad()
     def watch(self, value: Tensor) -> None:
-        """Show a value to the observer."""
+        """Show a value to the observer.
+
+        Raises:
+            InvalidValueError: it has other blocks than the values before it.
+        """
         if (self.only_in_training and not self.training) or not value.is_floating_point() or not value.numel():
             return
         if self.scale.device != value.device:
             self.to(value.device)
-        if isinstance(self.observer, Extremes):
-            self.observer.include(*self.cut.extremes(value))
-        else:
-            self.observer.add(self.cut.rows(value.to(torch.promote_types(value.dtype, torch.float32))))
+        try:
+            if isinstance(self.observer, Extremes):
+                self.observer.include(*self.cut.extremes(value))
+            else:
+                self.observer.add(self.cut.rows(value.to(torch.promote_types(value.dtype, torch.float32))))
+        except InvalidValueError as error:
+            raise InvalidValueError(error.what, where=self.name, legal=error.legal, remedy=error.remedy) from None
         if self.live:
             self.follow()
         if self.enables:
@@ -111,7 +118,8 @@ class UniformQuantize(FakeQuantize):
             raise NumericalError(
                 "no value was ever seen here" if never else "values are infinite or not numbers",
                 where=self.name,
-                remedy="Give calibration data that reaches this module, or leave it out."
+                remedy="Give calibration data that reaches this module, or leave it out; integers and bools are never "
+                "rounded, and a weight that another module reads (attention's out_proj) has no inputs of its own."
                 if never
                 else "Look for overflow in the model (float16?) or in the calibration data.",
             )
@@ -159,10 +167,10 @@ class UniformQuantize(FakeQuantize):
 
 
 def check_form(name: str, form: Format, calibration: Mapping[str, Any]) -> None:
-    """Refuse a calibration of a target that is stored as something else.
+    """Refuse a calibration of a target that is stored as something else, or that no kernel could use.
 
     Raises:
-        CheckpointError: another format, or a key is missing.
+        CheckpointError: another format; a key is missing, or holds what is no scale or no zero point.
     """
     for key, own in form.as_calibration().items():
         if calibration.get(key) != own:
@@ -171,6 +179,20 @@ def check_form(name: str, form: Format, calibration: Mapping[str, Any]) -> None:
                 where=name,
                 remedy="Make the quantizer from the config list that the calibration was made with.",
             )
+    found: list[Tensor] = []
     for key in ("scale", "zero_point"):
         if key not in calibration:
             raise CheckpointError(f"the calibration has no {key!r}", where=name)
+        value = calibration[key]
+        if not isinstance(value, (Tensor, int, float)):
+            raise CheckpointError(f"{key} is a {type(value).__name__} in the calibration, and no tensor", where=name)
+        found.append(torch.as_tensor(value).double())
+    scale, zero_point = found
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise CheckpointError("scale is not finite and above 0 everywhere in the calibration", where=name)
+    if not bool(((zero_point == zero_point.round()) & (zero_point >= form.low) & (zero_point <= form.high)).all()):
+        raise CheckpointError(
+            "zero_point is not a whole number that can be stored everywhere in the calibration",
+            where=name,
+            legal=[f"{form.low} to {form.high}"],
+        )

@@ -81,16 +81,18 @@ class Wrapper:
             self.attached = True
             self._attach_all()
 
-    def detach(self, *, bake: bool = False) -> None:
+    def detach(self, *, bake: bool = False, baked: set[int] | None = None) -> None:
         """Take all stacks out and give the module back as it was, or with the simulated values written into it.
 
         Args:
             bake: write masked or quantized values into the parameters first.
+            baked: the ids of tensors that are written by now, to which this one's are added: one that is tied is
+                written once, since simulating what was simulated may give something else.
         """
         if self.attached:
             self._fold()  # first: what is baked is what the folded parameters come to
         if bake:
-            self._bake()
+            self._bake(set() if baked is None else baked)
         if self.attached:
             self._detach_all()
             self.attached = False
@@ -100,9 +102,12 @@ class Wrapper:
         for target, stack in self._parameter_stacks():
             stack.fold(self.tensor(target))
 
-    def _bake(self) -> None:
+    def _bake(self, baked: set[int]) -> None:
         for target, stack in self._parameter_stacks():
             tensor = self.tensor(target)
+            if id(tensor) in baked:
+                continue
+            baked.add(id(tensor))
             if any(not isinstance(item, TargetStack) for item in _parametrizations(self.module, target)):
                 raise WrapError(
                     "has another parametrization, through which masked values cannot be written",

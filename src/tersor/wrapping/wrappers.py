@@ -55,8 +55,9 @@ class ModelWrappers:
 
     def detach(self, *, bake: bool = False) -> None:
         """Stop simulating; ``bake`` writes the simulated values into the parameters first."""
+        baked: set[int] = set()
         for wrapper in self.by_module.values():
-            wrapper.detach(bake=bake)
+            wrapper.detach(bake=bake, baked=baked)
 
     @contextmanager
     def detached(self) -> Iterator[None]:
