@@ -44,7 +44,7 @@ def section() -> str:
         f" {channels['step_ratio']:.2f} and {fine['step_ratio']:.2f} times a plain one. One global threshold over"
         f" {allocation['weights'] / 1e6:.1f} million weights takes {allocation['seconds']:.1f} s on one thread."
     )
-    return "\n".join(["", *rows, "", text, "", zoo(), "", pruners(), ""])
+    return "\n".join(["", *rows, "", text, "", zoo(), "", pruners(), "", quantizers(), ""])
 
 
 def pruners() -> str:
@@ -68,6 +68,43 @@ def pruners() -> str:
         f" accuracy of {' and '.join(best)}; with half of its weights gone, SmolLM2-135M's perplexity goes from"
         f" {perplexity[None][0]:.1f} to {', '.join(words)}. Every pruner beside its peers, before and after"
         " fine-tuning: [docs/pruning.md](docs/pruning.md)."
+    )
+
+
+def quantizers() -> str:
+    """What int8 without training and 4 bits with it keep, in words."""
+    document = results("quantization")
+    rows = [row for row in document["rows"] if "accuracy" in row]
+    of: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        of.setdefault(row["network"], {}).setdefault(row["method"], []).append(row)
+
+    def mean(network: str, method: str, key: str) -> float:
+        return statistics.mean(row[key] for row in of[network][method])
+
+    words: list[str] = []
+    for network, methods in of.items():
+        peers = [name for name in methods if name.startswith(("torchao PTQ", "NNCF PTQ", "NNI 3.0 PTQ"))]
+        peers = [name for name in peers if document["methods"][name]["bits"] == "8/8"]
+        best = max((mean(network, name, "snr_db"), name) for name in peers)
+        words.append(f"{mean(network, 'PTQ', 'snr_db'):.1f} dB on {network} (best peer: {best[0]:.1f}, {best[1]})")
+    gained = {
+        network: mean(network, "LSQ, 4 bits", "accuracy") - mean(network, "fp32", "accuracy")
+        for network in of
+        if "LSQ, 4 bits" in of[network]
+    }
+    trained = [f"{100 * gain:+.2f} points on {network}" for network, gain in gained.items()]
+    figures = [row["figures"] for row in results("quantization_language")["rows"] if row["method"] == "int8 PTQ"]
+    exact = next(row["figures"] for row in results("quantization_language")["rows"] if row["method"] is None)
+    names = {"wordsim353": "WordSim-353", "simlex999": "SimLex-999", "lee": "Lee"}
+    language = [
+        f"{statistics.mean(f[key] for f in figures):.3f} on {name} ({exact[key]:.3f})" for key, name in names.items()
+    ]
+    return (
+        "`PtqQuantizer` with its defaults, int8 and without training: the logits keep a signal-to-noise ratio of"
+        f" {', '.join(words)}; MiniLM's correlations with people are {', '.join(language)}, in brackets those in fp32."
+        f" `LsqQuantizer` at 4 bits after some hundred steps: {', '.join(trained)}, relative to fp32. Every quantizer"
+        " beside its peers: [docs/quantization.md](docs/quantization.md)."
     )
 
 
