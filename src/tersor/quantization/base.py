@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from tersor.compressor import Compressor
 from tersor.config import Granularity, QuantizationSpec
@@ -21,7 +20,7 @@ from tersor.quantization.format import Format
 from tersor.quantization.module_fusion import check_calls
 from tersor.quantization.norm_folding import Folded, NormFolded, NormFoldedBias
 from tersor.targets.activations import OUTPUT, Place
-from tersor.targets.channels import is_conv1d
+from tersor.targets.channels import is_linear_or_convolution
 from tersor.targets.planned import OUT_CHANNEL, PlannedTarget
 from tersor.wrapping import Stage, TargetStack
 
@@ -224,8 +223,7 @@ def spec_of(target: PlannedTarget) -> QuantizationSpec:
 
 
 def _is_layer_weight(target: PlannedTarget) -> bool:
-    module = target.config.module
-    return target.config.target_name == "weight" and (isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module))
+    return target.config.target_name == "weight" and is_linear_or_convolution(target.config.module)
 
 
 def straight_through(value: Tensor, simulated: Tensor) -> Tensor:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from tersor.errors import InvalidValueError, NumericalError
 from tersor.quantization.calibrated import CalibratedQuantizer, switch
 from tersor.quantization.cut import Cut
 from tersor.quantization.format import Format
 from tersor.quantization.scaling import Kernel, ScaleGroup, find_scaling
-from tersor.targets.channels import activation_channel_dim, is_conv1d
+from tersor.targets.channels import activation_channel_dim, is_linear_or_convolution
 from tersor.targets.planned import PlannedTarget
 from tersor.training.batches import to_device
 from tersor.training.layer_inputs import unfold_inputs, weight_rows
@@ -84,7 +83,7 @@ class MigratingQuantizer(CalibratedQuantizer):
         return {
             f"{name}.weight" if name else "weight": module
             for name, module in modules.items()
-            if isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module)
+            if is_linear_or_convolution(module)
         }
 
     def read_by(self, group: ScaleGroup) -> Iterator[tuple[Kernel, nn.Module]]:
