@@ -12,11 +12,12 @@ from tersor.errors import ConflictError
 from tersor.quantization.base import FakeQuantize, spec_of
 from tersor.quantization.cut import Cut
 from tersor.quantization.format import Format
-from tersor.quantization.migration import MigratingQuantizer, by_channel, finite, rounded, weight_of
+from tersor.quantization.migration import MigratingQuantizer, by_channel, rounded, weight_of
 from tersor.quantization.observers import Latest
 from tersor.quantization.scaling import Kernel, ScaleGroup
 from tersor.quantization.uniform import UniformQuantize
 from tersor.targets.planned import PlannedTarget
+from tersor.training.damping import computable
 from tersor.training.layer_inputs import SecondMoment, from_rows, unfold_inputs, weight_rows
 from tersor.training.ranks import sum_over_processes
 from tersor.training.stages import stages
@@ -129,7 +130,7 @@ class AWQQuantizer(MigratingQuantizer):
 
         self.run_watching(watch)
         totals = {name: sum_over_processes(sums[name]) for name in sorted(sums)}
-        return {name: finite(total[:-1] / total[-1], name) for name, total in totals.items()}
+        return {name: computable(total[:-1] / total[-1], "the input", name) for name, total in totals.items()}
 
     def _stages(self) -> Iterable[dict[str, Tensor]]:
         """Stage by stage, the second moment of each quantized layer's inputs, by the name of the module."""

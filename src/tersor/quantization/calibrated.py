@@ -116,6 +116,27 @@ class CalibratedQuantizer(Quantizer):
             )
         return islice(self.calibration, self._max_batches)
 
+    def example(self) -> Any:
+        """What the model can be run on once, to see how its layers depend on each other.
+
+        Returns:
+            The example inputs; without any, the arguments in the first calibration batch.
+
+        Raises:
+            InvalidValueError: there is neither.
+        """
+        if self.example_inputs is not None:
+            return self.example_inputs
+        if self.calibration is None:
+            raise InvalidValueError(
+                "there is nothing to run the model on and see how its layers depend on each other",
+                where="example_inputs",
+                legal=("one small batch of inputs",),
+                remedy="Give example_inputs, or calibration batches.",
+            )
+        inputs = inputs_of(to_device(next(iter(self.batches())), device_of(self.model)))
+        return inputs.kwargs or inputs.args
+
     def run_calibration(self) -> None:
         """Run the model on all calibration batches; without any, by the evaluator's evaluating function.
 
