@@ -30,7 +30,8 @@ from tersor.training.stages import inputs_of
 
 ObserverChoice: TypeAlias = str | Callable[[Format], RangeObserver]
 """The name of an observer, or what makes one for a format."""
-Found: TypeAlias = tuple[PlannedTarget, FakeQuantize]
+SimulatedTarget: TypeAlias = tuple[PlannedTarget, FakeQuantize]
+"""What is quantized, and its simulation, as :meth:`Quantizer.transforms` gives them."""
 
 
 class CalibratedQuantizer(Quantizer):
@@ -150,7 +151,7 @@ class CalibratedQuantizer(Quantizer):
             args, kwargs = inputs_of(to_device(batch, device))
             self.model(*args, **kwargs)
 
-    def find_ranges(self, found: Sequence[Found]) -> None:
+    def find_ranges(self, found: Sequence[SimulatedTarget]) -> None:
         """Let new observers see parameters, and a run on calibration data; then fix the scales.
 
         Dynamic targets need none; where there are no others, nothing is run.
@@ -186,7 +187,7 @@ class CalibratedQuantizer(Quantizer):
             getattr(self.model.get_submodule(module), name)
 
 
-def switch(found: Iterable[Found], on: bool) -> None:
+def switch(found: Iterable[SimulatedTarget], on: bool) -> None:
     """Whether values are rounded."""
     for _, transform in found:
         assert isinstance(transform, (UniformQuantize, DynamicQuantize))
