@@ -157,11 +157,10 @@ class AWQQuantizer(MigratingQuantizer):
         weight = weight_of(module)
         found: list[Tensor] = []
         for factors in choices:
-            on_inputs, scaled = group.spread(kernel.inputs, factors), weight.clone()
-            kernel.rescale(kernel.matrices(scaled), multiply=on_inputs)
-            scaled = rounded(self.form(target), self.cut(target), scaled)
-            kernel.rescale(kernel.matrices(scaled), multiply=1 / on_inputs)
-            found.append(output_error(weight_rows(module, scaled - weight), moment).sum())
+            on_inputs = group.spread(kernel.inputs, factors)
+            scaled = rounded(self.form(target), self.cut(target), kernel.multiplied(weight, on_inputs))
+            difference = kernel.multiplied(scaled, 1 / on_inputs) - weight
+            found.append(output_error(weight_rows(module, difference), moment).sum())
         return torch.stack(found).double().cpu()
 
     def _clip(self, target: PlannedTarget, transform: UniformQuantize, moment: Tensor) -> None:

@@ -148,8 +148,7 @@ class SmoothQuantizer(MigratingQuantizer):
         """The squared error of one layer's output on one batch."""
         weight = weight_of(module)
         on_inputs = group.spread(kernel.inputs, factors)
-        scaled = weight.clone()
-        kernel.rescale(kernel.matrices(scaled), multiply=on_inputs)
+        scaled = kernel.multiplied(weight, on_inputs)
         inputs = times(module, x, 1 / on_inputs)
         for name, value in (("_input_", inputs), ("weight", scaled)):
             target = self.target_of(module, name)
