@@ -140,9 +140,13 @@ class Quantizer(Compressor):
         return {"transforms": {target.name: transform.state() for target, transform in self.transforms()}}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`own_state` gave."""
+        """Go on from what :meth:`own_state` gave.
+
+        Raises:
+            CheckpointError: it is that of a quantizer of other targets, blocks or observers.
+        """
         for target, transform in self.transforms():
-            transform.load_state(state["transforms"][target.name])
+            _load_state(target.name, transform, state["transforms"])
 
     def _quantized(self) -> list[PlannedTarget]:
         return [target for target in self.plan.targets if spec_of(target).apply_method != "bypass"]
@@ -220,6 +224,17 @@ def spec_of(target: PlannedTarget) -> QuantizationSpec:
     spec = target.config.spec
     assert isinstance(spec, QuantizationSpec)
     return spec
+
+
+def _load_state(name: str, transform: FakeQuantize, states: Mapping[str, Any]) -> None:
+    try:
+        transform.load_state(states[name])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the state is that of another quantizer: {error}",
+            where=name,
+            remedy="Make the quantizer with the config list and the arguments of the run that was saved.",
+        ) from error
 
 
 def _is_layer_weight(target: PlannedTarget) -> bool:
