@@ -73,7 +73,6 @@ class AWQQuantizer(MigratingQuantizer):
     """
 
     folds_norms = False
-
     exponents: tuple[float, ...] = ()
 
     def fake_quantize(self, target: PlannedTarget) -> FakeQuantize:
