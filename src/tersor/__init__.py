@@ -11,7 +11,9 @@ from tersor.analysis import compare as compare
 from tersor.checkpoint import load as load
 from tersor.checkpoint import save as save
 from tersor.compressor import Compressor as Compressor
+from tersor.storage import load_calibration as load_calibration
 from tersor.storage import load_masks as load_masks
+from tersor.storage import save_calibration as save_calibration
 from tersor.storage import save_masks as save_masks
 from tersor.targets.dependency import auto_set_dependency_group_ids as auto_set_dependency_group_ids
 from tersor.targets.isomorphic import auto_set_isomorphic_group_ids as auto_set_isomorphic_group_ids

@@ -11,7 +11,7 @@ from tersor.config import parse_config_list
 from tersor.errors import UnmatchedError
 from tersor.graph import functions_as_modules
 from tersor.graph.operations import Concat, FunctionalLinear, FunctionalNorm, Sub, masked, zero_where_all_is_masked
-from tersor.quantization import CalibratedQuantizer, MinMax, UniformQuantize
+from tersor.quantization import PtqQuantizer
 from tersor.targets import resolve_targets
 from tests.networks import IMAGE, IMAGE_NETWORKS, Dense, LiteralView, Residual, randomize
 
@@ -420,23 +420,6 @@ def test_operations_show_their_call():
     }
 
 
-class Calibrated(CalibratedQuantizer):
-    """Scales from the least and greatest values seen."""
-
-    def fake_quantize(self, target):
-        return UniformQuantize(target.name, self.form(target), self.cut(target), MinMax())
-
-    def calibrate(self):
-        transforms = [transform for _, transform in self.transforms()]
-        for transform in transforms:
-            transform.watching = True
-        self.run_calibration()
-        for transform in transforms:
-            transform.watching = False
-            transform.settle()
-            transform.enabled = True
-
-
 class OnGrids(fx.Interpreter):
     """Runs a quantized model and checks all that flows: modules give int8, functions only move it."""
 
@@ -476,7 +459,7 @@ def test_whole_networks_are_integer(network, types, shape):
     data = [torch.randn(shape) for _ in range(3)]
     plain = model(data[0])
     config = [{"op_types": types, "quant_dtype": "int8"}]
-    quantizer = Calibrated(model, config, calibration=data)
+    quantizer = PtqQuantizer(model, config, observer="minmax", calibration=data)
     _, calibration = quantizer.compress()
     with torch.no_grad():
         check = OnGrids(model, calibration)

@@ -11,7 +11,7 @@ from tersor.errors import ConflictError, InvalidValueError
 from tersor.pruning import LevelPruner
 from tersor.quantization.adaround import AdaRoundQuantizer
 from tersor.quantization.format import Format
-from tersor.quantization.learned_rounding import Learning, adaround
+from tersor.quantization.learned_rounding import RoundingSettings, adaround
 from tersor.testing.processes import in_two_processes, why_not_two
 from tests.quantization.rounding import (
     BATCHES,
@@ -74,7 +74,9 @@ def test_the_inputs_are_the_rounded_models_and_the_targets_the_originals():
         scales = rows.abs().amax(1, keepdim=True) / 3, torch.zeros(1)
         exact = (y @ rows.T)[order]
         int3 = Format(IntDtype(3), "symmetric", -3, 3)
-        learned = adaround(rows[None], x[order][None], exact[None], int3, scales, learning=Learning(60, 64), seed=5)
+        learned = adaround(
+            rows[None], x[order][None], exact[None], int3, scales, settings=RoundingSettings(60, 64), seed=5
+        )
         torch.testing.assert_close(model[index].weight, learned[0])
         x = model[index : index + 2](x).detach()
         y = original[index : index + 2](y).detach()

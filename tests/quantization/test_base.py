@@ -1,6 +1,7 @@
 """What all quantizers share, by a quantizer that does nothing but calibrate."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from tersor.errors import CheckpointError, ConflictError, InvalidValueError, NumericalError, UnmatchedError
 from tersor.pruning import L1NormPruner
-from tersor.quantization import CalibratedQuantizer, MinMax, UniformQuantize
+from tersor.quantization import CalibratedQuantizer, MinMax, PtqQuantizer, UniformQuantize
 from tersor.storage import load_calibration, save_calibration
 from tersor.testing.toys import BATCHES, EXAMPLE, FRESH, ToyNetwork
 
@@ -169,6 +170,23 @@ def test_the_state_goes_on_where_it_was():
     other = Calibrated(network(), CONFIG)
     other.load_state_dict(quantizer.state_dict())
     assert torch.equal(other.model(FRESH), quantizer.model(FRESH))
+
+
+@pytest.mark.parametrize(
+    ("config", "observer", "message"),
+    [
+        ([{**CONFIG[0], "target_names": ["weight", "bias"]}], "minmax", r"bias: .* another quantizer: '\w+.bias'"),
+        (CONFIG, "mse", r"_input_0: .* another quantizer: .*observer\.counts"),
+    ],
+)
+def test_a_state_of_other_targets_or_observers_is_refused(config, observer, message):
+    saved = PtqQuantizer(network(), CONFIG, observer="minmax", calibration=BATCHES)
+    saved.compress()
+    other = PtqQuantizer(network(), config, observer=observer)
+    with pytest.raises(CheckpointError, match=re.compile(message, re.DOTALL)):
+        other.load_state_dict(saved.state_dict())
+    for quantizer in (saved, other):
+        quantizer.unwrap_model()
 
 
 @pytest.mark.parametrize("quantizer_first", [True, False])

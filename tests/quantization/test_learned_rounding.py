@@ -11,7 +11,7 @@ from tersor.config import IntDtype
 from tersor.errors import InvalidValueError
 from tersor.quantization.format import Format
 from tersor.quantization.learned_rounding import (
-    Learning,
+    RoundingSettings,
     adaround,
     inverse_step_up,
     regularizer,
@@ -108,12 +108,12 @@ def test_the_gradient_of_the_reconstruction_by_finite_differences():
 
 class TestLearning:
     def test_beta_falls_after_the_warm_start(self):
-        learning = Learning(iterations=10, warm_start=0.2, beta=(20.0, 6.0))
-        betas = [learning.beta_at(step) for step in range(10)]
+        settings = RoundingSettings(iterations=10, warm_start=0.2, beta=(20.0, 6.0))
+        betas = [settings.beta_at(step) for step in range(10)]
         assert betas == [None, None, 20, 18, 16, 14, 12, 10, 8, 6]
 
     def test_one_step(self):
-        assert Learning(iterations=1, warm_start=0.0).beta_at(0) == 20
+        assert RoundingSettings(iterations=1, warm_start=0.0).beta_at(0) == 20
 
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -127,7 +127,7 @@ class TestLearning:
     )
     def test_numbers_out_of_range(self, settings, message):
         with pytest.raises(InvalidValueError, match=message):
-            Learning(**settings)
+            RoundingSettings(**settings)
 
 
 @pytest.mark.parametrize("form", [symmetric(3), affine(2)], ids=str)
@@ -138,7 +138,7 @@ def test_it_comes_near_the_best_of_all_roundings(form):
     for up in itertools.product([0.0, 1.0], repeat=8):
         one = soft_quantized(lower, torch.tensor(up), scale, zero_point, form)
         best = torch.minimum(best, (x @ one.mT - y).square().sum(0))
-    result = adaround(rows[None], x[None], y[None], form, (scale, zero_point), learning=Learning(300, 64))[0]
+    result = adaround(rows[None], x[None], y[None], form, (scale, zero_point), settings=RoundingSettings(300, 64))[0]
     nearest = error_of(form.simulate(rows, scale, zero_point), x, y)
     assert best.sum() < 0.4 * nearest  # there is something to win
     assert nearest - error_of(result, x, y) > 0.65 * (nearest - best.sum())
@@ -153,7 +153,12 @@ def test_the_size_of_inputs_does_not_matter(size):
     x, rows = correlated(256, 24), torch.randn(8, 24)
     scale = rows.abs().amax(1, keepdim=True) / 7
     result = adaround(
-        rows[None], size * x[None], size * (x @ rows.mT)[None], symmetric(4), (scale, ZERO), learning=Learning(300)
+        rows[None],
+        size * x[None],
+        size * (x @ rows.mT)[None],
+        symmetric(4),
+        (scale, ZERO),
+        settings=RoundingSettings(300),
     )[0]
     nearest = error_of(symmetric(4).simulate(rows, scale, ZERO), x, x @ rows.mT)
     assert 10 * math.log10(nearest / error_of(result, x, x @ rows.mT)) > 3
@@ -162,7 +167,7 @@ def test_the_size_of_inputs_does_not_matter(size):
 def test_masked_weights_stay_zero_and_the_others_know():
     x, rows, keep = correlated(256, 24), torch.randn(8, 24), torch.rand(8, 24) < 0.6
     scale, y = rows.abs().amax(1, keepdim=True) / 7, x @ (rows * keep).mT
-    settings = {"learning": Learning(300)}
+    settings = {"settings": RoundingSettings(300)}
     result = adaround(rows[None], x[None], y[None], symmetric(4), (scale, ZERO), keep=keep[None], **settings)[0]
     assert result[~keep].count_nonzero() == 0
     nearest = symmetric(4).simulate(rows * keep, scale, ZERO)
@@ -177,7 +182,7 @@ def test_what_is_exact_stays():
 def test_groups_are_learned_each_by_its_inputs():
     x, rows = torch.stack([correlated(128, 9), correlated(128, 9)]), torch.randn(2, 4, 9)
     scale, y = rows.abs().amax(2, keepdim=True) / 3, x @ rows.mT
-    result = adaround(rows, x, y, symmetric(3), (scale, ZERO), learning=Learning(300))
+    result = adaround(rows, x, y, symmetric(3), (scale, ZERO), settings=RoundingSettings(300))
     for group in range(2):
         nearest = symmetric(3).simulate(rows[group], scale[group], ZERO)
         assert error_of(result[group], x[group], y[group]) < 0.75 * error_of(nearest, x[group], y[group])
@@ -189,7 +194,8 @@ def test_a_seed_gives_the_same_and_arguments_are_unchanged():
     copies = x.clone(), rows.clone(), scale.clone(), y.clone()
     state = torch.get_rng_state()
     made = [
-        adaround(rows, x[None].float(), y, symmetric(3), (scale, ZERO), learning=Learning(30), seed=3) for _ in range(2)
+        adaround(rows, x[None].float(), y, symmetric(3), (scale, ZERO), settings=RoundingSettings(30), seed=3)
+        for _ in range(2)
     ]
     assert torch.equal(*made)
     assert made[0].dtype == torch.float16
@@ -205,7 +211,7 @@ def test_two_processes_learn_the_same_from_all_samples():
 
     def work(rank):
         own = x[rank::2][None]
-        return {"rows": adaround(rows, own, own @ rows.mT, symmetric(3), (scale, ZERO), learning=Learning(100))}
+        return {"rows": adaround(rows, own, own @ rows.mT, symmetric(3), (scale, ZERO), settings=RoundingSettings(100))}
 
     first, second = in_two_processes(work)
     assert torch.equal(first["rows"], second["rows"])

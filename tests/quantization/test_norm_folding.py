@@ -15,7 +15,6 @@ from tersor.quantization import (
     AdaRoundQuantizer,
     AWQQuantizer,
     BNNQuantizer,
-    CalibratedQuantizer,
     Cut,
     DoReFaQuantizer,
     Format,
@@ -35,21 +34,8 @@ from tests.quantization.chains import HEADS, batch, chain
 TARGETS = ["weight", "_output_0"]
 
 
-class Calibrated(CalibratedQuantizer):
-    """Ranges from calibration data."""
-
-    def fake_quantize(self, target):
-        return UniformQuantize(target.name, self.form(target), self.cut(target), MinMax())
-
-    def calibrate(self):
-        transforms = [transform for _, transform in self.transforms()]
-        for transform in transforms:
-            transform.watching = True
-        self.run_calibration()
-        for transform in transforms:
-            transform.watching = False
-            transform.settle()
-            transform.enabled = True
+def by_extremes(model, config_list, **settings):
+    return PtqQuantizer(model, config_list, observer="minmax", **settings)
 
 
 class Live(Quantizer):
@@ -100,12 +86,12 @@ def test_in_eval_mode_it_is_the_quantized_folded_layer(name, activation, made):
     expected = folded(x).detach()
     names = ("0", "1", "2") if activation else ("0", "1")
 
-    quantizer = made(Calibrated(copy.deepcopy(model), config(["weight"], *names), calibration=[x]))
+    quantizer = made(by_extremes(copy.deepcopy(model), config(["weight"], *names), calibration=[x]))
     quantizer.compress()
     torch.testing.assert_close(quantizer.model(x), expected, rtol=1e-9, atol=1e-9)
 
     plain = fuse_modules(copy.deepcopy(model), [("0", "1")])(x)
-    quantizer = made(Calibrated(model, config(["weight", "_output_0"], *names), calibration=[x]))
+    quantizer = made(by_extremes(model, config(["weight", "_output_0"], *names), calibration=[x]))
     quantizer.compress()
     output_scale = (plain.abs().max().float().double() / 7).float().double()
     torch.testing.assert_close(quantizer.model(x), rounded(expected, output_scale), rtol=1e-9, atol=1e-9)
@@ -176,7 +162,7 @@ def test_a_quantizer_that_waits_changes_no_bit(made):
     model.eval().float()
     x = x.float()
     before = model(x)
-    quantizer = made(Calibrated(model, config(["weight", "_output_0"], "0", "1", "2"), calibration=[x]))
+    quantizer = made(by_extremes(model, config(["weight", "_output_0"], "0", "1", "2"), calibration=[x]))
     assert torch.equal(model(x), before)
     quantizer.compress()
     assert not torch.equal(model(x), before)
@@ -268,7 +254,7 @@ def test_the_combinations_of_nni(name, made):
     weight, plain = expected[0].weight.data, expected(x).detach()
     weight.copy_(rounded(weight, scale_by_channel(weight, high=127), 127))
     scale = (plain.abs().max().float().double() / 127).float().double()
-    quantizer = made(Calibrated(model, config(["weight", "_output_0"], *names, dtype="int8"), calibration=[x]))
+    quantizer = made(by_extremes(model, config(["weight", "_output_0"], *names, dtype="int8"), calibration=[x]))
     _, calibration = quantizer.compress()
     torch.testing.assert_close(model(x), rounded(expected(x), scale, 127), rtol=1e-9, atol=1e-9)
     assert list(calibration) == ["0"]
@@ -282,7 +268,7 @@ def test_a_norm_and_its_activation(made):
     scales = [(value.abs().max().float().double() / 127).float().double() for value in (norm.weight, plain)]
     gamma = rounded(norm.weight, scales[0], 127)
     expected = F.relu(F.batch_norm(x, norm.running_mean, norm.running_var, gamma, norm.bias))
-    made(Calibrated(model, config(TARGETS, "0", "1", dtype="int8"), calibration=[x])).compress()
+    made(by_extremes(model, config(TARGETS, "0", "1", dtype="int8"), calibration=[x])).compress()
     torch.testing.assert_close(model(x), rounded(expected, scales[1], 127), rtol=1e-9, atol=1e-9)
 
 
@@ -312,7 +298,7 @@ def test_the_folded_bias_is_quantized_on_the_norm(made):
     bias = folded[0].bias.data
     scale = (bias.abs().max().float().double() / 7).float().double()
     bias.copy_(rounded(bias, scale))
-    quantizer = made(Calibrated(model, config(["weight", "bias"], "0", "1", "2"), calibration=[x]))
+    quantizer = made(by_extremes(model, config(["weight", "bias"], "0", "1", "2"), calibration=[x]))
     weight = folded[0].weight.data
     weight.copy_(rounded(weight, scale_by_channel(weight)))
     _, calibration = quantizer.compress()
@@ -389,12 +375,12 @@ def test_the_calibration_and_the_state_make_another_quantizer_equal(made):
     model, x, _ = convolution()
     model.eval()
     plain, other = copy.deepcopy(model), copy.deepcopy(model)
-    quantizer = made(Calibrated(model, config(TARGETS, "0", "1", "2"), calibration=[x]))
+    quantizer = made(by_extremes(model, config(TARGETS, "0", "1", "2"), calibration=[x]))
     _, calibration = quantizer.compress()
-    fresh = made(Calibrated(other, config(TARGETS, "0", "1", "2")))
+    fresh = made(by_extremes(other, config(TARGETS, "0", "1", "2")))
     fresh.update_calibration_config(calibration)
     assert torch.equal(other(x), model(x))
-    resumed = made(Calibrated(plain, config(TARGETS, "0", "1", "2")))
+    resumed = made(by_extremes(plain, config(TARGETS, "0", "1", "2")))
     resumed.load_state_dict(quantizer.state_dict())
     assert torch.equal(plain(x), model(x))
 

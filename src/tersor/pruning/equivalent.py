@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor
 
 from tersor.graph.coupling import Masks
-from tersor.targets.channels import activation_channel_dim, channel_dims, is_conv1d
+from tersor.targets.channels import activation_channel_dim, channel_dims, is_linear_or_convolution
 from tersor.targets.planned import PlannedTarget
 
 
@@ -30,7 +29,7 @@ def masks_of_weights(target: PlannedTarget, masks: Masks) -> dict[str, dict[str,
     name, target_name = target.place
     mask = masks.get(name, {}).get(target_name)
     multiplied = (getattr(target.config.spec, "apply_method", None) or "mul") == "mul"
-    if mask is None or not multiplied or not (isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module)):
+    if mask is None or not multiplied or not is_linear_or_convolution(module):
         return {}
     dim = activation_channel_dim(module, mask.dim())
     if dim is None or any(size > 1 for other, size in enumerate(mask.shape) if other != dim):

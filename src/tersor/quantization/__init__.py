@@ -1,4 +1,4 @@
-"""Quantizers, one file an algorithm; observers and the arithmetic of formats are pure functions."""
+"""Quantizers, one file an algorithm over a few bases; the mathematics is functions on tensors, in files of its own."""
 
 from tersor.quantization.adaround import AdaRoundQuantizer as AdaRoundQuantizer
 from tersor.quantization.awq import AWQQuantizer as AWQQuantizer
@@ -21,8 +21,12 @@ from tersor.quantization.equalization import equalize as equalize
 from tersor.quantization.fake_quantize import FakeQuantize as FakeQuantize
 from tersor.quantization.format import Format as Format
 from tersor.quantization.gptq import GPTQQuantizer as GPTQQuantizer
+from tersor.quantization.histogram import Histogram as Histogram
+from tersor.quantization.layerwise import LayerwiseQuantizer as LayerwiseQuantizer
+from tersor.quantization.learned_scale import LearnedScaleQuantizer as LearnedScaleQuantizer
 from tersor.quantization.lsq import LsqQuantizer as LsqQuantizer
 from tersor.quantization.lsq_plus import LsqPlusQuantizer as LsqPlusQuantizer
+from tersor.quantization.migration import MigratingQuantizer as MigratingQuantizer
 from tersor.quantization.mixed_precision import BitAllocation as BitAllocation
 from tersor.quantization.mixed_precision import mixed_precision as mixed_precision
 from tersor.quantization.module_fusion import auto_fuse as auto_fuse
@@ -41,4 +45,6 @@ from tersor.quantization.scaling import Scaling as Scaling
 from tersor.quantization.scaling import find_scaling as find_scaling
 from tersor.quantization.sensitivity import sensitivities as sensitivities
 from tersor.quantization.smooth import SmoothQuantizer as SmoothQuantizer
+from tersor.quantization.training import TrainingQuantizer as TrainingQuantizer
 from tersor.quantization.uniform import UniformQuantize as UniformQuantize
+from tersor.training.recovery import correct_bias as correct_bias

@@ -16,7 +16,7 @@ from tersor.config.parse import ConfigList
 from tersor.errors import ConflictError
 from tersor.quantization.fake_quantize import FakeQuantize
 from tersor.quantization.layerwise import LayerwiseQuantizer, Rounding
-from tersor.quantization.learned_rounding import Learning, adaround
+from tersor.quantization.learned_rounding import RoundingSettings, adaround
 from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
 from tersor.training.layer_inputs import unfold_inputs, weight_rows
@@ -89,7 +89,7 @@ class AdaRoundQuantizer(LayerwiseQuantizer):
         example_inputs: Any = None,
         previous: Compressor | None = None,
     ) -> None:
-        self.learning = Learning(iterations, batch_size, learning_rate, regular_scale, warm_start)
+        self.settings = RoundingSettings(iterations, batch_size, learning_rate, regular_scale, warm_start)
         with values.at("samples"):
             self.samples = values.whole(samples, "number of samples", 1)
         self.seed = seed
@@ -116,7 +116,7 @@ class AdaRoundQuantizer(LayerwiseQuantizer):
                     weight.transform.form,
                     scales,
                     keep=weight.kept_rows,
-                    learning=self.learning,
+                    settings=self.settings,
                     seed=self.seed,
                 )
                 weight.settle(rows, *scales)

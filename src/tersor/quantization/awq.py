@@ -12,11 +12,12 @@ from tersor.errors import ConflictError
 from tersor.quantization.base import FakeQuantize, spec_of
 from tersor.quantization.cut import Cut
 from tersor.quantization.format import Format
-from tersor.quantization.migration import MigratingQuantizer, by_channel, finite, rounded, weight_of
+from tersor.quantization.migration import MigratingQuantizer, by_channel, rounded, weight_of
 from tersor.quantization.observers import Latest
 from tersor.quantization.scaling import Kernel, ScaleGroup
 from tersor.quantization.uniform import UniformQuantize
 from tersor.targets.planned import PlannedTarget
+from tersor.training.damping import computable
 from tersor.training.layer_inputs import SecondMoment, from_rows, unfold_inputs, weight_rows
 from tersor.training.ranks import sum_over_processes
 from tersor.training.stages import stages
@@ -72,7 +73,6 @@ class AWQQuantizer(MigratingQuantizer):
     """
 
     folds_norms = False
-
     exponents: tuple[float, ...] = ()
 
     def fake_quantize(self, target: PlannedTarget) -> FakeQuantize:
@@ -129,7 +129,7 @@ class AWQQuantizer(MigratingQuantizer):
 
         self.run_watching(watch)
         totals = {name: sum_over_processes(sums[name]) for name in sorted(sums)}
-        return {name: finite(total[:-1] / total[-1], name) for name, total in totals.items()}
+        return {name: computable(total[:-1] / total[-1], "the input", name) for name, total in totals.items()}
 
     def _stages(self) -> Iterable[dict[str, Tensor]]:
         """Stage by stage, the second moment of each quantized layer's inputs, by the name of the module."""
@@ -156,11 +156,10 @@ class AWQQuantizer(MigratingQuantizer):
         weight = weight_of(module)
         found: list[Tensor] = []
         for factors in choices:
-            on_inputs, scaled = group.spread(kernel.inputs, factors), weight.clone()
-            kernel.rescale(kernel.matrices(scaled), multiply=on_inputs)
-            scaled = rounded(self.form(target), self.cut(target), scaled)
-            kernel.rescale(kernel.matrices(scaled), multiply=1 / on_inputs)
-            found.append(output_error(weight_rows(module, scaled - weight), moment).sum())
+            on_inputs = group.spread(kernel.inputs, factors)
+            scaled = rounded(self.form(target), self.cut(target), kernel.multiplied(weight, on_inputs))
+            difference = kernel.multiplied(scaled, 1 / on_inputs) - weight
+            found.append(output_error(weight_rows(module, difference), moment).sum())
         return torch.stack(found).double().cpu()
 
     def _clip(self, target: PlannedTarget, transform: UniformQuantize, moment: Tensor) -> None:

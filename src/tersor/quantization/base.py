@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from tersor.compressor import Compressor
 from tersor.config import Granularity, QuantizationSpec
@@ -22,7 +21,7 @@ from tersor.quantization.format import Format
 from tersor.quantization.module_fusion import check_calls
 from tersor.quantization.norm_folding import Folded, NormFolded, NormFoldedBias
 from tersor.targets.activations import OUTPUT, Place
-from tersor.targets.channels import is_conv1d
+from tersor.targets.channels import is_linear_or_convolution
 from tersor.targets.planned import OUT_CHANNEL, PlannedTarget
 from tersor.wrapping import Stage, TargetStack
 
@@ -149,9 +148,13 @@ class Quantizer(Compressor):
         return {"transforms": {target.name: transform.state() for target, transform in self.transforms()}}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`own_state` gave."""
+        """Go on from what :meth:`own_state` gave.
+
+        Raises:
+            CheckpointError: it is that of a quantizer of other targets, blocks or observers.
+        """
         for target, transform in self.transforms():
-            transform.load_state(state["transforms"][target.name])
+            _load_state(target.name, transform, state["transforms"])
 
     def _quantized(self) -> list[PlannedTarget]:
         return [target for target in self.plan.targets if spec_of(target).apply_method != "bypass"]
@@ -259,9 +262,19 @@ def spec_of(target: PlannedTarget) -> QuantizationSpec:
     return spec
 
 
+def _load_state(name: str, transform: FakeQuantize, states: Mapping[str, Any]) -> None:
+    try:
+        transform.load_state(states[name])
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the state is that of another quantizer: {error}",
+            where=name,
+            remedy="Make the quantizer with the config list and the arguments of the run that was saved.",
+        ) from error
+
+
 def _is_layer_weight(target: PlannedTarget) -> bool:
-    module = target.config.module
-    return target.config.target_name == "weight" and (isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module))
+    return target.config.target_name == "weight" and is_linear_or_convolution(target.config.module)
 
 
 def straight_through(value: Tensor, simulated: Tensor) -> Tensor:

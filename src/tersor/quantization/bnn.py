@@ -54,7 +54,6 @@ class BNNQuantizer(Quantizer):
     """
 
     folds_norms = False
-
     needs_training = True
     methods = frozenset({"bnn_clamp_round"})
 

@@ -30,7 +30,8 @@ from tersor.training.stages import inputs_of
 
 ObserverChoice: TypeAlias = str | Callable[[Format], RangeObserver]
 """The name of an observer, or what makes one for a format."""
-Found: TypeAlias = tuple[PlannedTarget, FakeQuantize]
+SimulatedTarget: TypeAlias = tuple[PlannedTarget, FakeQuantize]
+"""What is quantized, and its simulation, as :meth:`Quantizer.transforms` gives them."""
 
 
 class CalibratedQuantizer(Quantizer):
@@ -116,6 +117,27 @@ class CalibratedQuantizer(Quantizer):
             )
         return islice(self.calibration, self._max_batches)
 
+    def example(self) -> Any:
+        """What the model can be run on once, to see how its layers depend on each other.
+
+        Returns:
+            The example inputs; without any, the arguments in the first calibration batch.
+
+        Raises:
+            InvalidValueError: there is neither.
+        """
+        if self.example_inputs is not None:
+            return self.example_inputs
+        if self.calibration is None:
+            raise InvalidValueError(
+                "there is nothing to run the model on and see how its layers depend on each other",
+                where="example_inputs",
+                legal=("one small batch of inputs",),
+                remedy="Give example_inputs, or calibration batches.",
+            )
+        inputs = inputs_of(to_device(next(iter(self.batches())), device_of(self.model)))
+        return inputs.kwargs or inputs.args
+
     def run_calibration(self) -> None:
         """Run the model on all calibration batches; without any, by the evaluator's evaluating function.
 
@@ -129,7 +151,7 @@ class CalibratedQuantizer(Quantizer):
             args, kwargs = inputs_of(to_device(batch, device))
             self.model(*args, **kwargs)
 
-    def find_ranges(self, found: Sequence[Found]) -> None:
+    def find_ranges(self, found: Sequence[SimulatedTarget]) -> None:
         """Let new observers see parameters, and a run on calibration data; then fix the scales.
 
         Dynamic targets need none; where there are no others, nothing is run.
@@ -165,7 +187,7 @@ class CalibratedQuantizer(Quantizer):
             getattr(self.model.get_submodule(module), name)
 
 
-def switch(found: Iterable[Found], on: bool) -> None:
+def switch(found: Iterable[SimulatedTarget], on: bool) -> None:
     """Whether values are rounded."""
     for _, transform in found:
         assert isinstance(transform, (UniformQuantize, DynamicQuantize))

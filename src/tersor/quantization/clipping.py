@@ -29,7 +29,7 @@ from tersor.quantization.histogram import CHUNK, Histogram, finite_range
 
 Range = tuple[Tensor, Tensor]
 """Minimum and maximum of each block."""
-Loss = Callable[[Tensor, Tensor], Tensor]
+RangeLoss = Callable[[Tensor, Tensor], Tensor]
 """What is lost with the ranges from a minimum to a maximum: one number for each block."""
 
 LEAST_SHARE = 1e-9
@@ -198,7 +198,7 @@ def divergence(histogram: Histogram, form: Format, minimum: Tensor, maximum: Ten
     return torch.where(reach < levels * histogram.width, torch.inf, found)
 
 
-def _search(loss: Loss, minimum: Tensor, maximum: Tensor, form: Format) -> Range:
+def _search(loss: RangeLoss, minimum: Tensor, maximum: Tensor, form: Format) -> Range:
     """The range within the whole one that loses least; of those that lose as much, the whole one. It contains 0."""
     minimum, maximum = minimum.clamp(max=0), maximum.clamp(min=0)
     ratios = torch.ones(2, *minimum.shape, device=minimum.device)

@@ -79,7 +79,6 @@ class DoReFaQuantizer(Quantizer):
     """
 
     folds_norms = False
-
     needs_training = True
     methods = frozenset({"dorefa_clamp_round_weight", "dorefa_clamp_round_output"})
 

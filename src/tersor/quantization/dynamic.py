@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from tersor.config.values import is_activation
-from tersor.errors import CheckpointError, ConflictError
-from tersor.quantization.base import FakeQuantize, Quantizer, spec_of
+from tersor.errors import ConflictError
+from tersor.quantization.base import Quantizer, spec_of
 from tersor.quantization.cut import Cut
+from tersor.quantization.fake_quantize import FakeQuantize, check_same
 from tersor.quantization.format import Format
 from tersor.targets.planned import PlannedTarget
 
@@ -87,13 +88,7 @@ class DynamicQuantize(FakeQuantize):
         Raises:
             CheckpointError: a scale that is fixed, another format or other blocks.
         """
-        for key, own in self.calibration().items():
-            if calibration.get(key) != own:
-                raise CheckpointError(
-                    f"{key} is {calibration.get(key)!r} in the calibration, and {own!r} in the config list",
-                    where=self.name,
-                    remedy="Make the quantizer from the config list that the calibration was made with.",
-                )
+        check_same(self.name, self.calibration(), calibration)
 
     def load_calibration(self, calibration: Mapping[str, Any]) -> None:
         """On from now on."""

@@ -6,6 +6,9 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
+from tersor.errors import CheckpointError
 from tersor.quantization.observers import Sized
 from tersor.wrapping import Stage, Transform
 
@@ -42,3 +45,43 @@ class FakeQuantize(Sized, Transform):
         for name, value in state["flags"].items():
             setattr(self, name, value)
         self.load_state_dict(state["tensors"])
+
+
+def check_same(
+    name: str, own: Mapping[str, Any], given: Mapping[str, Any], *, measured: frozenset[str] = frozenset()
+) -> None:
+    """Refuse a calibration that says something else than a target's own.
+
+    Args:
+        name: ``module.target``, for messages.
+        own: what the target has.
+        given: what it would take over.
+        measured: keys of tensors that need only be of the same shape.
+
+    Raises:
+        CheckpointError: naming the key that differs.
+
+    >>> check_same("fc.weight", {"quant_dtype": "int8"}, {"quant_dtype": "int4"})
+    Traceback (most recent call last):
+        ...
+    tersor.errors.CheckpointError: fc.weight: quant_dtype is 'int4' in the calibration, and 'int8' here. Make ...
+    """
+    for key, value in own.items():
+        if not _same(given.get(key), value, exactly=key not in measured):
+            raise CheckpointError(
+                f"{key} is {_shown(given.get(key))} in the calibration, and {_shown(value)} here",
+                where=name,
+                remedy="Make the quantizer from the config list that the calibration was made with.",
+            )
+
+
+def _same(given: object, own: object, *, exactly: bool) -> bool:
+    if not isinstance(own, Tensor) or not isinstance(given, Tensor):
+        return type(given) is type(own) and bool(given == own)
+    return given.shape == own.shape and (not exactly or bool((given.cpu() == own).all()))
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return repr(value.item()) if value.numel() == 1 else f"of shape {tuple(value.shape)}"

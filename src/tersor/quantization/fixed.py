@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tersor.config.values import is_activation
-from tersor.errors import CheckpointError, ConflictError
+from tersor.errors import ConflictError
 from tersor.quantization.base import Quantizer, spec_of
-from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.fake_quantize import FakeQuantize, check_same
 from tersor.quantization.format import Format
 from tersor.targets.planned import PlannedTarget
 
@@ -64,14 +64,7 @@ class FixedGrid(FakeQuantize):
         Raises:
             CheckpointError: naming the key that differs.
         """
-        for key, own in self.calibration().items():
-            given = calibration.get(key)
-            if not _fits(given, own, exactly=key not in self.measured):
-                raise CheckpointError(
-                    f"{key} is {_shown(given)} in the calibration, and {_shown(own)} here",
-                    where=self.name,
-                    remedy="Make the quantizer from the config list that the calibration was made with.",
-                )
+        check_same(self.name, self.calibration(), calibration, measured=self.measured)
 
     def load_calibration(self, calibration: Mapping[str, Any]) -> None:
         """Simulate from now on, and look at values no more."""
@@ -80,18 +73,6 @@ class FixedGrid(FakeQuantize):
     def flags(self) -> dict[str, bool]:
         """What is on."""
         return {"enabled": self.enabled, **super().flags()}
-
-
-def _fits(given: object, own: object, *, exactly: bool) -> bool:
-    if not isinstance(own, Tensor) or not isinstance(given, Tensor):
-        return type(given) is type(own) and bool(given == own)
-    return given.shape == own.shape and (not exactly or bool((given.cpu() == own).all()))
-
-
-def _shown(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    return repr(value.item()) if value.numel() == 1 else f"of shape {tuple(value.shape)}"
 
 
 def refuse_given(target: PlannedTarget, keys: tuple[str, ...], why: str) -> None:

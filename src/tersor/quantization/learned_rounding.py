@@ -69,7 +69,7 @@ def soft_quantized(lower: Tensor, h: Tensor, scale: Tensor, zero_point: Tensor, 
 
 @final
 @dataclass(frozen=True)
-class Learning:
+class RoundingSettings:
     """How roundings are learned.
 
     Attributes:
@@ -100,7 +100,7 @@ class Learning:
     def beta_at(self, step: int) -> float | None:
         """The beta of a step; None in the warm start.
 
-        >>> [Learning(iterations=11, warm_start=0.1).beta_at(step) for step in (0, 2, 6, 10)]
+        >>> [RoundingSettings(iterations=11, warm_start=0.1).beta_at(step) for step in (0, 2, 6, 10)]
         [None, 20.0, 11.0, 2.0]
         """
         first, last = math.ceil(self.warm_start * self.iterations), self.iterations - 1
@@ -119,7 +119,7 @@ def adaround(
     scales: tuple[Tensor, Tensor],
     *,
     keep: Tensor | None = None,
-    learning: Learning | None = None,
+    settings: RoundingSettings | None = None,
     seed: int = 0,
 ) -> Tensor:
     r"""Learn which weights to round up and which down.
@@ -139,7 +139,7 @@ def adaround(
         form: what is rounded to; evenly spaced numbers.
         scales: scale and zero point, which broadcast against the rows.
         keep: a mask of the rows' shape, True keeps; the others are zero in the result.
-        learning: the settings.
+        settings: how they are learned; those of :class:`RoundingSettings` by default.
         seed: of the samples of each step.
 
     Returns:
@@ -153,7 +153,7 @@ def adaround(
         >>> adaround(rows, x, x @ rows.mT, int4, (torch.tensor(1.0), torch.tensor(0.0)))
         tensor([[[1., 0.]]])
     """
-    learning = learning or Learning()
+    settings = settings or RoundingSettings()
     dtype = torch.promote_types(rows.dtype, torch.float32)
     scale, zero_point = (each.to(dtype) for each in scales)
     weights = rows.to(dtype) if keep is None else rows.to(dtype) * keep
@@ -168,16 +168,16 @@ def adaround(
     if not worst:
         return weight_at(steps.round() - lower).to(rows.dtype)
     own = Learned(inverse_step_up(steps - lower))
-    learner = Learner({"rounding": own}, learning.learning_rate)
+    learner = Learner({"rounding": own}, settings.learning_rate)
     learner.start()
     generator = torch.Generator().manual_seed(seed)
-    for step in range(learning.iterations):
-        drawn = torch.randint(inputs.shape[1], (learning.batch_size,), generator=generator).to(inputs.device)
+    for step in range(settings.iterations):
+        drawn = torch.randint(inputs.shape[1], (settings.batch_size,), generator=generator).to(inputs.device)
         with torch.enable_grad():
-            h, beta = step_up(own.value), learning.beta_at(step)
+            h, beta = step_up(own.value), settings.beta_at(step)
             loss = _error(weight_at(h), inputs[:, drawn], targets[:, drawn]) / worst
             if beta is not None:
-                loss = loss + learning.regular_scale * regularizer(h, beta) / h.numel()
+                loss = loss + settings.regular_scale * regularizer(h, beta) / h.numel()
             loss.backward()
         learner.step()
     learner.stop()

@@ -9,20 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
-from tersor.errors import InvalidValueError, NumericalError
 from tersor.quantization.calibrated import CalibratedQuantizer, switch
 from tersor.quantization.cut import Cut
 from tersor.quantization.format import Format
 from tersor.quantization.scaling import Kernel, ScaleGroup, find_scaling
-from tersor.targets.channels import activation_channel_dim, is_conv1d
+from tersor.targets.channels import activation_channel_dim, is_linear_or_convolution
 from tersor.targets.planned import PlannedTarget
-from tersor.training.batches import to_device
 from tersor.training.layer_inputs import unfold_inputs, weight_rows
-from tersor.training.loops import device_of
 from tersor.training.ranks import of_first_process
-from tersor.training.stages import inputs_of
 
 
 class MigratingQuantizer(CalibratedQuantizer):
@@ -61,7 +56,7 @@ class MigratingQuantizer(CalibratedQuantizer):
         """
         switch(self.transforms(), False)
         with self.wrappers.detached():
-            scaling = find_scaling(self.model, self._example())
+            scaling = find_scaling(self.model, self.example())
         wanted = self.readers()
         groups = tuple(group for group in scaling.groups if any(own.name in wanted for own in group.readers))
         reached = {kernel.name for group in groups for kernel in group.readers}
@@ -84,7 +79,7 @@ class MigratingQuantizer(CalibratedQuantizer):
         return {
             f"{name}.weight" if name else "weight": module
             for name, module in modules.items()
-            if isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module)
+            if is_linear_or_convolution(module)
         }
 
     def read_by(self, group: ScaleGroup) -> Iterator[tuple[Kernel, nn.Module]]:
@@ -117,34 +112,6 @@ class MigratingQuantizer(CalibratedQuantizer):
         """The quantized target of a module whose name begins like this; None where it has none."""
         own = (target for target, _ in self.transforms() if target.config.module is module)
         return next((target for target in own if target.config.target_name.startswith(name)), None)
-
-    def _example(self) -> Any:
-        if self.example_inputs is not None:
-            return self.example_inputs
-        if self.calibration is None:
-            raise InvalidValueError(
-                "there is nothing to run the model on and see how its layers depend on each other",
-                where="example_inputs",
-                legal=("one small batch of inputs",),
-                remedy="Give example_inputs, or calibration batches.",
-            )
-        inputs = inputs_of(to_device(next(iter(self.batches())), device_of(self.model)))
-        return inputs.kwargs or inputs.args
-
-
-def finite(values: Tensor, name: str) -> Tensor:
-    """The same values.
-
-    Raises:
-        NumericalError: some are infinite or not numbers.
-    """
-    if not bool(values.isfinite().all()):
-        raise NumericalError(
-            "inputs are infinite or not numbers",
-            where=name,
-            remedy="Look for overflow in the model (float16?) or in the calibration data.",
-        )
-    return values
 
 
 def by_channel(module: nn.Module, x: Tensor) -> Tensor:

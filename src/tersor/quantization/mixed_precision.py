@@ -14,7 +14,7 @@ from tersor.config.parse import ConfigList
 from tersor.config.values import is_activation
 from tersor.quantization.base import spec_of
 from tersor.quantization.bit_allocation import PerWidth, allocate_bits, weight_bytes
-from tersor.quantization.sensitivity import TARGETS, Loss, at_width, sensitivities, with_widths
+from tersor.quantization.sensitivity import TARGETS, Loss, at_width, sensitivities, targets_named
 from tersor.targets.plan import make_plan
 from tersor.targets.planned import PlannedTarget
 
@@ -70,7 +70,7 @@ def mixed_precision(
     entries = parse_config_list(config_list, "quantization")
     harm = sensitivities(model, entries, calibration, choices, targets=targets, loss=loss)
     own: dict[str, list[PlannedTarget]] = {name: [] for name in harm}
-    for target in with_widths(make_plan(model, entries, "quantization", None).targets, targets):
+    for target in targets_named(make_plan(model, entries, "quantization", None).targets, targets):
         own[target.config.module_name].append(target)
     if costs is None:
         costs = weight_bytes({name: sum(map(_elements, found)) for name, found in own.items()}, choices)

@@ -13,10 +13,7 @@ from tersor.errors import ConflictError, InvalidValueError
 from tersor.quantization.calibrated import CalibratedQuantizer, ObserverChoice, switch
 from tersor.quantization.equalization import equalize
 from tersor.training import Evaluator
-from tersor.training.batches import to_device
-from tersor.training.loops import device_of
 from tersor.training.recovery import correct_bias, output_moments
-from tersor.training.stages import inputs_of
 
 
 @final
@@ -121,11 +118,7 @@ class PtqQuantizer(CalibratedQuantizer):
             switch(biases, True)
 
     def _equalize(self) -> None:
-        example = self.example_inputs
-        if example is None:
-            inputs = inputs_of(to_device(next(iter(self.batches())), device_of(self.model)))
-            example = inputs.kwargs or inputs.args
-        masks = self.wrappers.masks()
+        example, masks = self.example(), self.wrappers.masks()
         with self.wrappers.detached():
             done = equalize(self.model, example, masks=masks)
         if not done.groups:

@@ -68,6 +68,9 @@ RULES: dict[str, Rule] = {}
 NAMES = {"hardtanh": "relu6 (hardtanh)", "pow": "a power", "__rdiv__": "an inverse"}
 """What reasons call functions, where their names say too little."""
 
+_SAFE_IN_PLACE = "__iadd__ __isub__ add_ sub_ abs_ neg_ relu_ leaky_relu_ dropout_ requires_grad_ unsqueeze_"
+"""Functions that leave the factors on their first argument where they are."""
+
 
 class ScaleFlow(TorchFunctionMode):
     """Follows the factors through one run of a model.
@@ -315,19 +318,7 @@ def _in_place_is_safe(name: str, args: Any) -> bool:
     """Whether other views of the tensor written to keep their ids."""
     if name in ("mul_", "div_", "__imul__", "__itruediv__"):
         return not isinstance(args[1], Tensor)
-    return name in (
-        "__iadd__",
-        "__isub__",
-        "relu_",
-        "leaky_relu_",
-        "dropout_",
-        "abs_",
-        "neg_",
-        "add_",
-        "sub_",
-        "requires_grad_",
-        "unsqueeze_",
-    )
+    return name in _SAFE_IN_PLACE.split()
 
 
 def rule(names: str) -> Callable[[Rule], Rule]:

@@ -72,6 +72,17 @@ class Kernel:
         # Rounded once, from the wider type.
         matrices.copy_((matrices.double() * scale.to(matrices.device)).to(matrices.dtype))
 
+    def multiplied(self, values: Tensor, factors: Tensor) -> Tensor:
+        """A copy of values, with their inputs multiplied by factors.
+
+        Args:
+            values: of the parameter's shape.
+            factors: one for each input, shape ``(inputs,)``.
+        """
+        result = values.clone()
+        self.rescale(self.matrices(result), multiply=factors)
+        return result
+
 
 def output_ranges(matrices: Tensor) -> Tensor:
     """The largest magnitude among the weights of each output, shape ``(outputs,)``.

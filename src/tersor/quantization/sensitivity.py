@@ -180,7 +180,7 @@ class _Probing(CalibratedQuantizer):
         return (to_device(batch, device) for batch in self.batches())
 
     def _quantized(self) -> list[PlannedTarget]:
-        return with_widths(super()._quantized(), self._targets)
+        return targets_named(super()._quantized(), self._targets)
 
 
 @final
@@ -253,7 +253,7 @@ class _Probe(FakeQuantize):
         """Nothing."""
 
 
-def with_widths(targets: Iterable[PlannedTarget], names: Sequence[str]) -> list[PlannedTarget]:
+def targets_named(targets: Iterable[PlannedTarget], names: Sequence[str]) -> list[PlannedTarget]:
     """The targets of these names.
 
     Raises:

@@ -16,7 +16,6 @@ from tersor.quantization.calibrated import switch
 from tersor.quantization.migration import (
     MigratingQuantizer,
     by_channel,
-    finite,
     product,
     rounded,
     times,
@@ -25,6 +24,7 @@ from tersor.quantization.migration import (
 from tersor.quantization.observers import MinMax
 from tersor.quantization.scaling import Kernel, ScaleGroup, input_ranges
 from tersor.training import Evaluator
+from tersor.training.damping import computable
 from tersor.training.ranks import sum_over_processes
 
 
@@ -120,7 +120,7 @@ class SmoothQuantizer(MigratingQuantizer):
         for observer in seen.values():
             observer.synchronize()
         ranges = {name: torch.stack(observer.range()) for name, observer in seen.items()}
-        return {name: finite(own.abs().amax(0), name) for name, own in ranges.items() if own.dim() > 1}
+        return {name: computable(own.abs().amax(0), "the input", name) for name, own in ranges.items() if own.dim() > 1}
 
     def _factors(self, group: ScaleGroup, largest: dict[str, Tensor], alpha: float) -> Tensor:
         called = [kernel for kernel, _ in self.read_by(group) if kernel.name in largest]
@@ -148,8 +148,7 @@ class SmoothQuantizer(MigratingQuantizer):
         """The squared error of one layer's output on one batch."""
         weight = weight_of(module)
         on_inputs = group.spread(kernel.inputs, factors)
-        scaled = weight.clone()
-        kernel.rescale(kernel.matrices(scaled), multiply=on_inputs)
+        scaled = kernel.multiplied(weight, on_inputs)
         inputs = times(module, x, 1 / on_inputs)
         for name, value in (("_input_", inputs), ("weight", scaled)):
             target = self.target_of(module, name)

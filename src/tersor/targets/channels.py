@@ -49,6 +49,15 @@ def is_conv1d(module: nn.Module) -> bool:
     return hasattr(module, "nf") and any(base.__name__ == "Conv1D" for base in type(module).__mro__)
 
 
+def is_linear_or_convolution(module: nn.Module) -> bool:
+    """Whether its weight is a matrix that reads input channels and writes output channels, transposed or not.
+
+    >>> is_linear_or_convolution(nn.ConvTranspose2d(3, 8, 3)), is_linear_or_convolution(nn.Embedding(3, 8))
+    (True, False)
+    """
+    return isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module)
+
+
 def activation_channel_dim(module: nn.Module, rank: int) -> int | None:
     """The dimension of a module's inputs and outputs that holds the channels; None where its type does not tell.
 

@@ -38,11 +38,12 @@ class QuantizerTestCase(QuantizationScenarios):
     Example, in a file that pytest collects::
 
         class MinMaxQuantizer(CalibratedQuantizer):
-            def fake_quantize(self, target):
-                return UniformQuantize(target.name, self.form(target), self.cut(target), MinMax())
+            observer = "minmax"
 
             def calibrate(self):
-                ...
+                self.find_ranges(self.transforms())
+                for _, transform in self.transforms():
+                    transform.enabled = True
 
         class TestMinMaxQuantizer(QuantizerTestCase):
             def quantizer(self, model, config_list, evaluator, **kwargs):

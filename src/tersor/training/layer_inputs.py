@@ -277,7 +277,7 @@ def _padding(module: _Convolution) -> list[int]:
 def _require_linear(module: nn.Module) -> None:
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
         raise InvalidValueError(
-            f"a {type(module).__name__} is no matrix product that second-order pruning knows",
+            f"a {type(module).__name__} is no matrix product whose inputs can be laid out in rows",
             legal=("Linear", "Conv1d", "Conv2d", "Conv3d", "Conv1D of Transformers"),
-            remedy="Leave it out of the config list, or prune it by a score that needs no inputs.",
+            remedy="Leave it out of the config list, or use a compressor that does not look at the inputs of layers.",
         )

@@ -1,4 +1,4 @@
-"""What pruners learn beside the weights: a tensor in a transform, its place in the model, its Adam."""
+"""What compressors learn beside the weights: a tensor in a transform, its place in the model, its Adam."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tersor.wrapping import ModelWrappers, Transform
 
 @final
 class Learned(nn.Module):
-    """One number for each block of a target, learned by a pruner's own optimizer.
+    """Numbers of a target (one a block, or one an element), learned by a compressor's own optimizer.
 
     It is a buffer that takes gradients, and no ``nn.Parameter``. So it moves, copies and saves with the model, while an
     optimizer, a clipping of gradients or a ``DistributedDataParallel`` of the user's, which go by
@@ -28,7 +28,7 @@ class Learned(nn.Module):
         start: the values to begin with.
 
     Attributes:
-        value: the numbers by now, of the shape of the grid of blocks.
+        value: the numbers by now, of the shape that they began with.
     """
 
     value: Tensor
@@ -46,7 +46,7 @@ class Learned(nn.Module):
 
 @final
 class Learner:
-    """Adam on what a pruner learns, with the same steps on each process.
+    """Adam on what a compressor learns, with the same steps on each process.
 
     Gradients are averaged over the processes and forgotten after the step. A step whose gradients are not all finite is
     left out, as a gradient scaler does with the user's.
@@ -133,7 +133,7 @@ def put_on(target: PlannedTarget, transform: Transform, wrappers: ModelWrappers)
             raise ConflictError(
                 f"is the tensor of {', '.join('.'.join(other) for other in places if other != target.place)} as well",
                 where=f"{target.config.where} on {target.name}",
-                remedy="Give one of its names to the pruner; what is learned there holds for all.",
+                remedy="Give one of its names to the compressor; what is learned there holds for all.",
             )
     for place in places:
         wrappers[place[0]].stack(place[1]).put(transform)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -35,6 +34,7 @@ from tersor.graph.inputs import evaluating
 from tersor.targets.channels import activation_channel_dim
 from tersor.training.batches import to_device
 from tersor.training.loops import device_of
+from tersor.training.moments import Moments, add_moments, channel_moments, pooled_moments
 from tersor.training.ranks import of_each_process
 from tersor.training.stages import inputs_of
 from tersor.wrapping.stack import Mask, Stage, TargetStack, multiply
@@ -103,7 +103,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], *, max_batch
             _run(model, batch)
             batch_count += 1
     batch_count = _some(batch_count)
-    pooled = _pooled(moments)
+    pooled = pooled_moments(moments)
     if not pooled:
         raise InvalidValueError("the model runs none of its batch norms in eval mode", where="model")
     with torch.no_grad():
@@ -229,53 +229,6 @@ def correct_bias(
     return corrected
 
 
-@dataclass(frozen=True)
-class Moments:
-    """What is known of the values of each channel.
-
-    Attributes:
-        count: values of one channel.
-        mean: shape ``(channels,)``.
-        squares: the sum of the squared deviations from the mean, shape ``(channels,)``.
-    """
-
-    count: int
-    mean: Tensor
-    squares: Tensor
-
-
-def channel_moments(values: Tensor, dim: int) -> Moments:
-    """The moments of each channel, in float32 at least.
-
-    >>> channel_moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]]), dim=1)
-    Moments(count=2, mean=tensor([2., 5.]), squares=tensor([2., 0.]))
-    """
-    values = values.detach().to(torch.promote_types(values.dtype, torch.float32)).unsqueeze(0)
-    others = [other for other in range(values.dim()) if other != dim + 1]
-    variance, mean = torch.var_mean(values, dim=others, correction=0)
-    count = values.numel() // values.shape[dim + 1]
-    return Moments(count, mean, variance * count)
-
-
-def merge_moments(first: Moments, second: Moments) -> Moments:
-    r"""The moments of two sets of values together; not both are empty.
-
-    With :math:`\delta` the difference of the means, the squares are
-    :math:`S_1 + S_2 + \delta^2 n_1 n_2 / (n_1 + n_2)`. Unlike sums of squares, this loses no digits where the mean is
-    large (Chan, Golub, LeVeque: Algorithms for Computing the Sample Variance, 1983).
-    """
-    count = first.count + second.count
-    share = second.count / count
-    between = second.mean - first.mean
-    squares = first.squares + second.squares + between**2 * (first.count * share)
-    return Moments(count, first.mean + between * share, squares)
-
-
-def _add(moments: dict[str, Moments], name: str, new: Moments) -> None:
-    if new.count:  # an expert may get no token
-        moments[name] = merge_moments(moments[name], new) if name in moments else new
-
-
 @contextmanager
 def _normalising_by_batch(norms: Iterable[_BatchNorm]) -> Iterator[None]:
     """Batch norms in eval mode use the statistics of the batch for a while, and do not touch their own."""
@@ -290,7 +243,7 @@ def _normalising_by_batch(norms: Iterable[_BatchNorm]) -> Iterator[None]:
 
 def _measure_input(norm: nn.Module, name: str, moments: dict[str, Moments]) -> RemovableHandle:
     def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _add(moments, name, channel_moments(args[0] if args else kwargs["input"], dim=1))
+        add_moments(moments, name, channel_moments(args[0] if args else kwargs["input"], dim=1))
 
     return norm.register_forward_pre_hook(measure, with_kwargs=True)
 
@@ -301,7 +254,7 @@ def _measure_output(layer: nn.Module, kind: nn.Module, name: str, moments: dict[
     def measure(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         dim = activation_channel_dim(kind, output.dim())
         assert dim is not None, "known for all that is BIASED"
-        _add(moments, name, channel_moments(output, dim))
+        add_moments(moments, name, channel_moments(output, dim))
 
     return layer.register_forward_hook(measure, prepend=True)
 
@@ -314,7 +267,7 @@ def _output_moments(model: nn.Module, modules: Mapping[str, nn.Module], batches:
             hooks.enter_context(_measure_output(model.get_submodule(name), kind, name, moments))
         for batch in batches:
             _run(model, batch)
-    return _pooled(moments)
+    return pooled_moments(moments)
 
 
 def _correctable(model: nn.Module) -> dict[str, nn.Module]:
@@ -392,13 +345,3 @@ def _some(batch_count: int) -> int:
     if not total:
         raise InvalidValueError("there is no batch", where="batches", remedy="Give at least one.")
     return total
-
-
-def _pooled(moments: Mapping[str, Moments]) -> dict[str, Moments]:
-    """The moments over the values of all processes, in main memory."""
-    mine = {name: Moments(found.count, found.mean.cpu(), found.squares.cpu()) for name, found in moments.items()}
-    pooled: dict[str, Moments] = {}
-    for others in of_each_process(mine):
-        for name, found in others.items():
-            _add(pooled, name, found)
-    return pooled
