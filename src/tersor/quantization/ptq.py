@@ -44,7 +44,7 @@ class PtqQuantizer(CalibratedQuantizer):
         calibration: batches like those of training, whose targets are not looked at; some hundred samples.
         observer: of inputs and outputs, see :mod:`tersor.quantization.observers`: a name, or a function that makes one
             for a format, such as ``lambda form: ByHistogram(partial(percentile_range, percentile=99.9))``.
-        weight_observer: of parameters, likewise; ``mse`` pays below 8 bits.
+        weight_observer: of parameters, likewise; below 8 bits ``mse`` may be better or worse: try both.
         bias_correction: whether biases are corrected (NNI: ``is_bias_correction``).
         equalize: whether layers are equalised first.
         example_inputs: see :class:`tersor.compressor.Compressor`; equalisation runs the model on them, or on the first
