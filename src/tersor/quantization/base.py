@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tersor.compressor import Compressor
 from tersor.config import Granularity, QuantizationSpec
 from tersor.config.values import is_activation
-from tersor.errors import CheckpointError, ConflictError, TraceError, UnmatchedError, nearest
+from tersor.errors import CheckpointError, ConflictError, NumericalError, TraceError, UnmatchedError, nearest
 from tersor.graph.coupling import Coupling
 from tersor.quantization.cut import Cut
 from tersor.quantization.fake_quantize import FakeQuantize
@@ -45,6 +46,7 @@ class Quantizer(Compressor):
         folds_norms: whether it rounds a weight with its batch norm folded in, as ``fuse_names`` may ask for. It cannot
             where it works on the latent weights themselves, or on a grid that does not follow their magnitude.
         methods: the values of ``apply_method`` that it takes, besides ``bypass`` and the default ``clamp_round``.
+        unreached: inputs and outputs that were left out, since no value to be rounded ever passed there.
     """
 
     mode = "quantization"
@@ -52,6 +54,7 @@ class Quantizer(Compressor):
     full_range: ClassVar[bool] = False
     folds_norms: ClassVar[bool] = True
     methods: ClassVar[frozenset[str]] = frozenset()
+    unreached: frozenset[str] = frozenset()
 
     @abstractmethod
     def fake_quantize(self, target: PlannedTarget) -> FakeQuantize:
@@ -138,14 +141,43 @@ class Quantizer(Compressor):
         """Each target of this quantizer and its simulation; those that are bypassed have none."""
         found: list[tuple[PlannedTarget, FakeQuantize]] = []
         for target in self._quantized():
+            if target.name in self.unreached:
+                continue
             transform = self._stack(target).find(Stage.QUANTIZE)
             assert isinstance(transform, FakeQuantize)
             found.append((target, transform.inner if isinstance(transform, Folded) else transform))
         return found
 
+    def leave_out(self, unseen: Iterable[PlannedTarget]) -> None:
+        """Leave out inputs and outputs that no value to be rounded has passed through, with one warning for all.
+
+        Attention reads the weight of its ``out_proj`` without calling it, and a look-up gets integers.
+
+        Raises:
+            NumericalError: that is all of them: the model was not run.
+        """
+        names = sorted(target.name for target in unseen)
+        if not names:
+            return
+        if all(own.name in names for own in self._quantized() if is_activation(own.config.target_name)):
+            raise NumericalError(
+                "no value was ever seen here, nor at any other input or output",
+                where=names[0],
+                remedy="Give data that reaches these modules, or leave them out; integers and bools are never rounded, "
+                "and a weight that another module reads (attention's out_proj) has no inputs of its own.",
+            )
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        warnings.warn(
+            f"{shown}: nothing that could be rounded passed there, so it is left out; a weight that another module "
+            "reads has no inputs of its own",
+            stacklevel=2,
+        )
+        self.unreached |= set(names)
+
     def own_state(self) -> dict[str, Any]:
         """The state of each simulation."""
-        return {"transforms": {target.name: transform.state() for target, transform in self.transforms()}}
+        states = {target.name: transform.state() for target, transform in self.transforms()}
+        return {"transforms": states, "unreached": sorted(self.unreached)}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`own_state` gave.
@@ -153,6 +185,7 @@ class Quantizer(Compressor):
         Raises:
             CheckpointError: it is that of a quantizer of other targets, blocks or observers.
         """
+        self.unreached = frozenset(state["unreached"])
         for target, transform in self.transforms():
             _load_state(target.name, transform, state["transforms"])
 

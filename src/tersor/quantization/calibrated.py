@@ -99,6 +99,7 @@ class CalibratedQuantizer(Quantizer):
         """Calibrate."""
         with torch.no_grad(), modes_kept(self.model), _without_fast_paths():
             self.model.eval()
+            self.unreached = frozenset()
             self.calibrate()
 
     def batches(self) -> Iterable[Any]:
@@ -151,8 +152,8 @@ class CalibratedQuantizer(Quantizer):
             args, kwargs = inputs_of(to_device(batch, device))
             self.model(*args, **kwargs)
 
-    def find_ranges(self, found: Sequence[SimulatedTarget]) -> None:
-        """Let new observers see parameters, and a run on calibration data; then fix the scales.
+    def fix_ranges(self, found: Sequence[SimulatedTarget]) -> None:
+        """Let new observers see parameters, and a run on calibration data; then fix the scales, and round.
 
         Dynamic targets need none; where there are no others, nothing is run.
 
@@ -166,6 +167,9 @@ class CalibratedQuantizer(Quantizer):
         if activations:
             self._observe(activations, self.run_calibration)
         self._observe(parameters, lambda: self._read(parameters))
+        for target, transform in found:
+            assert isinstance(transform, (UniformQuantize, DynamicQuantize))
+            transform.enabled = target.name not in self.unreached
 
     def _observe(self, fixed: Sequence[tuple[PlannedTarget, UniformQuantize]], run: Callable[[], None]) -> None:
         for target, transform in fixed:
@@ -178,7 +182,13 @@ class CalibratedQuantizer(Quantizer):
                 transform.watching = False
         for _, transform in fixed:
             transform.observer.synchronize()
-            transform.settle()
+        self.leave_out(own for own, transform in fixed if transform.unseen and not self._is_named(own))
+        for target, transform in fixed:
+            if target.name not in self.unreached:
+                transform.settle()
+
+    def _is_named(self, target: PlannedTarget) -> bool:
+        return target.config.module_name in (self.plan.entries[target.config.entry_index].op_names or ())
 
     def _read(self, found: Sequence[tuple[PlannedTarget, UniformQuantize]]) -> None:
         """Compute parameters once, so that what is put on them sees them."""
@@ -187,11 +197,11 @@ class CalibratedQuantizer(Quantizer):
             getattr(self.model.get_submodule(module), name)
 
 
-def switch(found: Iterable[SimulatedTarget], on: bool) -> None:
-    """Whether values are rounded."""
+def switch_off(found: Iterable[SimulatedTarget]) -> None:
+    """Let values pass as they are."""
     for _, transform in found:
         assert isinstance(transform, (UniformQuantize, DynamicQuantize))
-        transform.enabled = on
+        transform.enabled = False
 
 
 @contextmanager

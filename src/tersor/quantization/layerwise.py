@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tersor.errors import ConflictError
 from tersor.quantization.base import FakeQuantize
-from tersor.quantization.calibrated import CalibratedQuantizer, switch
+from tersor.quantization.calibrated import CalibratedQuantizer, switch_off
 from tersor.quantization.second_order import Fit
 from tersor.quantization.uniform import UniformQuantize
 from tersor.targets.channels import is_conv1d
@@ -51,7 +51,7 @@ class LayerwiseQuantizer(CalibratedQuantizer):
     def calibrate(self) -> None:
         """Round the weights, then find the scales of all else."""
         found = self.transforms()
-        switch(found, False)
+        switch_off(found)
         weights = {
             target.config.module_name: Rounding(target, transform, self.latent(target), self._mask(target))
             for target, transform in found
@@ -60,8 +60,7 @@ class LayerwiseQuantizer(CalibratedQuantizer):
         others = [own for own in found if own[0].config.target_name != "weight"]
         if weights:
             self.round_weights(weights)
-        self.find_ranges(others)
-        switch(others, True)
+        self.fix_ranges(others)
 
     def _mask(self, target: PlannedTarget) -> Tensor | None:
         mask = self._stack(target).find(Stage.MASK)

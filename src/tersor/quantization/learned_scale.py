@@ -298,16 +298,10 @@ class LearnedScaleQuantizer(TrainingQuantizer):
         """Fix all scales.
 
         Raises:
-            NumericalError: no value of a target was ever seen, or some that are not finite.
+            NumericalError: values were seen that are not finite.
         """
+        self.leave_out(target for target, own in self._learned() if not bool(own.seen > 0))
         for _, own in self._learned():
-            if not bool(own.seen > 0):
-                raise NumericalError(
-                    "no value was ever seen here",
-                    where=own.name,
-                    remedy="Train with data that reaches this module, or leave it out; integers and bools are never "
-                    "rounded, and a weight that another module reads (attention's out_proj) has no inputs of its own.",
-                )
             if not bool((own.scale().isfinite() & own.zero_point().isfinite()).all()):
                 raise NumericalError(
                     "the first values that were seen are infinite or not numbers, and so is the scale",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tersor.quantization.calibrated import CalibratedQuantizer, switch
+from tersor.quantization.calibrated import CalibratedQuantizer, switch_off
 from tersor.quantization.cut import Cut
 from tersor.quantization.format import Format
 from tersor.quantization.scaling import Kernel, ScaleGroup, find_scaling
@@ -54,7 +54,7 @@ class MigratingQuantizer(CalibratedQuantizer):
             InvalidValueError: neither example inputs nor a calibration batch.
             EquivalenceError: the model no longer computes what it did; all weights are as they were.
         """
-        switch(self.transforms(), False)
+        switch_off(self.transforms())
         with self.wrappers.detached():
             scaling = find_scaling(self.model, self.example())
         wanted = self.readers()

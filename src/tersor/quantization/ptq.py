@@ -10,7 +10,7 @@ from torch import nn
 from tersor.compressor import Compressor
 from tersor.config.parse import ConfigList
 from tersor.errors import ConflictError, InvalidValueError
-from tersor.quantization.calibrated import CalibratedQuantizer, ObserverChoice, switch
+from tersor.quantization.calibrated import CalibratedQuantizer, ObserverChoice, switch_off
 from tersor.quantization.equalization import equalize
 from tersor.training import Evaluator
 from tersor.training.recovery import correct_bias, output_moments
@@ -104,18 +104,16 @@ class PtqQuantizer(CalibratedQuantizer):
     def calibrate(self) -> None:
         """Ranges from the model as it was; then quantize, correct biases, and quantize these."""
         found = self.transforms()
-        switch(found, False)
+        switch_off(found)
         if self.equalize:
             self._equalize()
         wanted = output_moments(self.model, list(self.batches())) if self.bias_correction else None
         biases = [own for own in found if wanted is not None and own[0].config.target_name == "bias"]
         others = [own for own in found if own not in biases]
-        self.find_ranges(others)
-        switch(others, True)
+        self.fix_ranges(others)
         if wanted is not None:
             self.corrected = correct_bias(self.model, wanted, list(self.batches()))
-            self.find_ranges(biases)
-            switch(biases, True)
+            self.fix_ranges(biases)
 
     def _equalize(self) -> None:
         example, masks = self.example(), self.wrappers.masks()

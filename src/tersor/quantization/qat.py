@@ -144,12 +144,13 @@ class QATQuantizer(TrainingQuantizer):
         """Fix all ranges, those of the parameters as these are now.
 
         Raises:
-            NumericalError: no value of a target was ever seen, or none that is finite.
+            NumericalError: values were seen that are not finite.
         """
         parameters = [t for target, t in self._uniform() if not is_activation(target.config.target_name)]
         for transform in parameters:
             transform.watching = True
         self.look_at_parameters()
+        self.leave_out(target for target, transform in self._uniform() if transform.unseen)
         for _, transform in self._uniform():
             transform.watching = transform.live = transform.enables = False
             transform.settle()

@@ -12,7 +12,6 @@ from tersor.compressor import Compressor
 from tersor.config import values
 from tersor.config.parse import ConfigList
 from tersor.errors import InvalidValueError
-from tersor.quantization.calibrated import switch
 from tersor.quantization.migration import (
     MigratingQuantizer,
     by_channel,
@@ -101,9 +100,7 @@ class SmoothQuantizer(MigratingQuantizer):
     def calibrate(self) -> None:
         """Move factors, then find scales."""
         self.migrate()
-        found = self.transforms()
-        self.find_ranges(found)
-        switch(found, True)
+        self.fix_ranges(self.transforms())
 
     def choose(self, groups: tuple[ScaleGroup, ...]) -> list[Tensor]:
         """The paper's factors, with the best alpha of each group."""

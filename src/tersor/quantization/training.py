@@ -69,7 +69,7 @@ class TrainingQuantizer(Quantizer):
 
     def on_start(self) -> None:
         """Count from here."""
-        self.steps = 0
+        self.steps, self.unreached = 0, frozenset()
 
     def on_step(self) -> None:
         """Count."""

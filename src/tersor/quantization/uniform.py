@@ -106,22 +106,30 @@ class UniformQuantize(FakeQuantize):
         if self.enables:
             self.enabled, self.enables = True, False
 
+    @property
+    def unseen(self) -> bool:
+        """Whether no value was ever shown."""
+        minimum, maximum = self.observer.range()
+        return bool((minimum > maximum).all())
+
     def settle(self) -> None:
         """Take scale and zero point from what was seen.
 
         Raises:
             NumericalError: nothing was seen, or values that are infinite or not numbers.
         """
-        minimum, maximum = self.observer.range()
-        if not bool((minimum.isfinite() & maximum.isfinite()).all()):
-            never = bool((minimum > maximum).all())
+        if self.unseen:
             raise NumericalError(
-                "no value was ever seen here" if never else "values are infinite or not numbers",
+                "no value was ever seen here",
                 where=self.name,
-                remedy="Give calibration data that reaches this module, or leave it out; integers and bools are never "
-                "rounded, and a weight that another module reads (attention's out_proj) has no inputs of its own."
-                if never
-                else "Look for overflow in the model (float16?) or in the calibration data.",
+                remedy="Give data that reaches this module, or leave it out; integers and bools are never rounded, and "
+                "a weight that another module reads (attention's out_proj) has no inputs of its own.",
+            )
+        if not all(bool(own.isfinite().all()) for own in self.observer.range()):
+            raise NumericalError(
+                "values are infinite or not numbers",
+                where=self.name,
+                remedy="Look for overflow in the model (float16?) or in the calibration data.",
             )
         self.follow()
 
