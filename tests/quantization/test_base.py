@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from tersor.errors import CheckpointError, ConflictError, InvalidValueError, NumericalError, UnmatchedError
+from tersor.errors import (
+    CheckpointError,
+    ConflictError,
+    InvalidValueError,
+    NumericalError,
+    TrainingError,
+    UnmatchedError,
+)
 from tersor.pruning import L1NormPruner
 from tersor.quantization import CalibratedQuantizer, MinMax, PtqQuantizer, UniformQuantize
 from tersor.storage import load_calibration, save_calibration
@@ -259,3 +266,36 @@ def test_biases_and_wide_types():
     quantizer = quantized(config)
     bias = ToyNetwork().hidden.bias
     torch.testing.assert_close(quantizer.model.hidden.bias, bias, rtol=0, atol=bias.abs().max().item() * 2**-23)
+
+
+def test_a_batch_that_the_model_cannot_be_called_with_is_told_the_forms():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def forward(self, x, y):
+            return self.fc(x + y)
+
+    linear = [{"op_types": ["Linear"]}]
+    quantizer = Calibrated(Two(), linear, calibration=[(torch.ones(1, 2), torch.ones(1, 2))])
+    with pytest.raises(TrainingError, match=r"calibration: .*missing 1 required.*a mapping of the model's arguments"):
+        quantizer.compress()
+    by_name = [{"x": torch.ones(1, 2), "y": torch.ones(1, 2)}]
+    assert "fc" in Calibrated(quantizer.unwrap_model(), linear, calibration=by_name).compress()[1]
+
+
+def test_transformers_linear_layer_has_default_targets():
+    class Conv1D(nn.Module):  # known by its name, and by what it stores
+        def __init__(self):
+            super().__init__()
+            self.nf, self.weight, self.bias = 3, nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.zeros(3))
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    model = nn.Sequential(Conv1D())
+    weight = model[0].weight.detach()
+    _, calibration = Calibrated(model, [{"op_types": ["Conv1D"]}], calibration=[torch.randn(5, 4)]).compress()
+    assert sorted(calibration["0"]) == ["_input_0", "_output_0", "weight"]
+    torch.testing.assert_close(calibration["0"]["weight"]["scale"], weight.abs().amax(0, keepdim=True) / 127)

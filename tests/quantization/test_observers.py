@@ -148,3 +148,11 @@ def test_other_blocks_than_before_are_refused_by_name(observer, rows):
     with pytest.raises(InvalidValueError, match=rf"fc._input_0: values of \({rows}, 1\) blocks .* \(1, 1\).*dynamic"):
         transform.watch(torch.ones(rows, 4))
     assert [tuple(bound.shape) for bound in transform.observer.range()] == [(1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_moves_no_average(bad):
+    observer = MovingAverage(decay=0.5)
+    for rows in ([bad, 1.0], [0.0, 4.0], [-2.0, bad], [0.0, 8.0]):
+        observer.add(torch.tensor(rows))
+    assert [own.item() for own in observer.range()] == [0, 6]

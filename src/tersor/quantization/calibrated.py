@@ -14,7 +14,7 @@ from torch import nn
 from tersor.compressor import Compressor
 from tersor.config.parse import ConfigList
 from tersor.config.values import is_activation
-from tersor.errors import InvalidValueError
+from tersor.errors import InvalidValueError, TrainingError
 from tersor.quantization.base import Quantizer, spec_of
 from tersor.quantization.dynamic import DynamicQuantize, dynamic
 from tersor.quantization.fake_quantize import FakeQuantize
@@ -144,13 +144,27 @@ class CalibratedQuantizer(Quantizer):
 
         Raises:
             InvalidValueError: there is neither.
+            TrainingError: the model cannot be called with what a batch holds.
         """
         if self.calibration is None and self._trainer is not None and self._trainer.evaluate(self.model) is not None:
             return
         device = device_of(self.model)
         for batch in self.batches():
             args, kwargs = inputs_of(to_device(batch, device))
-            self.model(*args, **kwargs)
+            try:
+                self.model(*args, **kwargs)
+            except TypeError as error:
+                raise TrainingError(
+                    f"the model does not take what a calibration batch gives it: {error}",
+                    where="calibration",
+                    legal=(
+                        "inputs alone",
+                        "(inputs, targets)",
+                        "(a, b, targets)",
+                        "a mapping of the model's arguments",
+                    ),
+                    remedy="The last item of a tuple is taken for the targets; give a mapping where there are none.",
+                ) from error
 
     def fix_ranges(self, found: Sequence[SimulatedTarget]) -> None:
         """Let new observers see parameters, and a run on calibration data; then fix the scales, and round.

@@ -169,6 +169,8 @@ class Latest(Extremes):
 class MovingAverage(Extremes):
     """The exponential moving averages of the minima and maxima of batches; the first batch counts as it is.
 
+    A batch with values that are not finite is left out, as a gradient scaler leaves out its step.
+
     Paper: Jacob et al. (CVPR 2018), section 3.1.
 
     Args:
@@ -188,10 +190,12 @@ class MovingAverage(Extremes):
     def include(self, minimum: Tensor, maximum: Tensor) -> None:
         """Move towards this batch's."""
         self._check_blocks(minimum)
-        self._put(self._moved(self.minimum, minimum), self._moved(self.maximum, maximum))
+        finite = minimum.isfinite() & maximum.isfinite()
+        self._put(self._moved(self.minimum, minimum, finite), self._moved(self.maximum, maximum, finite))
 
-    def _moved(self, average: Tensor, new: Tensor) -> Tensor:
-        return torch.where(average.isinf(), new, average + (new - average) * (1 - self.decay))
+    def _moved(self, average: Tensor, new: Tensor, finite: Tensor) -> Tensor:
+        moved = torch.where(average.isinf(), new, average + (new - average) * (1 - self.decay))
+        return torch.where(finite, moved, average)
 
     def synchronize(self) -> None:
         """The mean of all processes' averages."""

@@ -174,7 +174,7 @@ PruningSetting.register(_ConvTransposeNd, _follows_weight(1))
 for _type in (nn.Embedding, nn.RMSNorm, nn.PReLU):
     PruningSetting.register(_type, {"weight": {}})
 
-for _type in (nn.Linear, _ConvNd, _BatchNorm):
+for _type in (nn.Linear, _ConvNd, _BatchNorm, "Conv1D"):  # the last is Transformers' linear layer
     QuantizationSetting.register(_type, {"_input_0": {}, "weight": {}, "_output_0": {}})
 for _type in (Add, Sub, Mul, Div, MatMul, Einsum, FunctionalLinear, FunctionalConv):
     QuantizationSetting.register(_type, {"_input_0": {}, "_input_1": {}, "_output_0": {}})
