@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from tersor.errors import CheckpointError, ConflictError, InvalidValueError, NumericalError
 from tersor.pruning import L1NormPruner
 from tersor.quantization import LsqPlusQuantizer, LsqQuantizer, QATQuantizer
-from tersor.quantization.learned_scale import LearnedUniform
 from tersor.quantization.learned_step import lsq
+from tersor.quantization.learned_uniform import LearnedUniform
 from tersor.quantization.lsq import first_step
 from tersor.testing.processes import in_two_processes, why_not_two
 from tersor.testing.toys import BATCHES, FRESH, ToyNetwork, ToyTraining

@@ -11,7 +11,8 @@ from torch import Tensor
 from tersor.config.values import is_activation
 from tersor.errors import ConflictError
 from tersor.quantization.format import Format
-from tersor.quantization.learned_scale import First, LearnedScaleQuantizer
+from tersor.quantization.learned_scale import LearnedScaleQuantizer
+from tersor.quantization.learned_uniform import Initializer
 from tersor.targets.planned import PlannedTarget
 
 
@@ -27,7 +28,7 @@ class LsqQuantizer(LearnedScaleQuantizer):
     outliers; a learned step trades what is clipped against how finely the rest is rounded. Use it for 2 to 4 bits. Its
     gradient is that of :func:`tersor.quantization.learned_step.lsq`, times the paper's :math:`1 / \sqrt{N Q_P}` for N
     values. What is learned is the logarithm of the step, so that steps stay positive, which the paper leaves to chance;
-    see :class:`tersor.quantization.learned_scale.LearnedUniform`.
+    see :class:`tersor.quantization.learned_uniform.LearnedUniform`.
 
     As in the paper signed types use all of their levels, :math:`Q_N = 2^{b-1}`, zero is level 0, and of unsigned types
     :math:`Q_N = 0`. Give inputs and outputs that are never negative, such as those after a ReLU, an unsigned type: a
@@ -72,7 +73,7 @@ class LsqQuantizer(LearnedScaleQuantizer):
             )
         return form
 
-    def first(self, target: PlannedTarget, form: Format) -> First:
+    def first(self, target: PlannedTarget, form: Format) -> Initializer:
         """By the mean magnitude."""
         return partial(first_step, high=form.high, zeros_count=is_activation(target.config.target_name))
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from tersor.config.values import is_activation
 from tersor.quantization.base import spec_of
 from tersor.quantization.format import Format
-from tersor.quantization.learned_scale import First, LearnedScaleQuantizer, above_zero
+from tersor.quantization.learned_scale import LearnedScaleQuantizer
+from tersor.quantization.learned_uniform import Initializer, above_zero
 from tersor.targets.planned import PlannedTarget
 
 SHRINKINGS = 40
@@ -76,7 +77,7 @@ class LsqPlusQuantizer(LearnedScaleQuantizer):
             spec = spec.model_copy(update={"quant_scheme": "affine"})
         return Format.of(spec, where=f"{config.where} on {target.name}", full=self.full_range)
 
-    def first(self, target: PlannedTarget, form: Format) -> First:
+    def first(self, target: PlannedTarget, form: Format) -> Initializer:
         """By the spread of weights, by the error that rounding inputs and outputs makes."""
         if is_activation(target.config.target_name):
             return partial(closest_grid, form=form)
