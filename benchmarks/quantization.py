@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable
@@ -125,15 +126,16 @@ def reference(network: str, seed: int) -> list[Tensor]:
     return [logits(network, trained(network), part.images) for part in NETWORKS[network].parts(seed)]
 
 
-def figures(exact: Tensor, answered: Tensor, labels: Tensor) -> dict[str, float]:
+def figures(exact: Tensor, answered: Tensor, labels: Tensor) -> dict[str, float | None]:
     """What is compared; logits of shape (images, classes)."""
     known = labels >= 0
     noise = (exact.double() - answered.double()).square().sum()
     signal = exact.double().square().sum()
+    snr = 10 * torch.log10(signal / noise.clamp(min=1e-12 * signal)).item()
     return {
         "accuracy": (answered.argmax(1) == labels)[known].double().mean().item(),
         "agreement": (answered.argmax(1) == exact.argmax(1)).double().mean().item(),
-        "snr_db": round(10 * torch.log10(signal / noise.clamp(min=1e-12 * signal)).item(), 2),
+        "snr_db": round(snr, 2) if math.isfinite(snr) else None,  # where logits are no numbers
     }
 
 
@@ -217,7 +219,7 @@ def write(record: Record) -> None:
             rows.values(), key=lambda row: (places.index(row["network"]), order.index(row["method"]), row["seed"])
         ),
     }
-    write_text(RESULT, json.dumps(document, indent=1) + "\n")
+    write_text(RESULT, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 @cache
@@ -250,7 +252,7 @@ def chosen(network: str, patterns: Iterable[str] | None) -> list[str]:
 def line(record: Record) -> str:
     """One item in one line."""
     cells = record.get("error") or (
-        f"{record['accuracy']:.2%}, agrees {record['agreement']:.2%}, {record['snr_db']:.1f} dB "
+        f"{record['accuracy']:.2%}, agrees {record['agreement']:.2%}, {record['snr_db']} dB "
         f"({record['quantize_seconds']:.0f} + {record['test_seconds']:.0f} s)"
     )
     return f"{record['network']}, {record['method']}, seed {record['seed']}: {cells}"

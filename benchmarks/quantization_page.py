@@ -130,7 +130,7 @@ def table(document: Document, network: str) -> str:
             cells = [
                 spread([100 * row["accuracy"] for row in rows], 2),
                 spread([100 * row["agreement"] for row in rows], 2),
-                "" if method == EXACT else spread([row["snr_db"] for row in rows], 1),
+                "" if method == EXACT else spread([row["snr_db"] for row in rows if row["snr_db"] is not None], 1),
             ]
             trains = "yes" if facts["trains"] else ""
             lines.append(f"| {method} | {facts['bits'] or ''} | {trains} | {' | '.join(cells)} |")
