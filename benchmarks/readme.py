@@ -101,7 +101,7 @@ def quantizers() -> str:
         f"{statistics.mean(f[key] for f in figures):.3f} on {name} ({exact[key]:.3f})" for key, name in names.items()
     ]
     return (
-        "`PtqQuantizer` with its defaults, int8 and without training: the logits keep a signal-to-noise ratio of"
+        "`PtqQuantizer` to int8, inputs with a zero point, without training: the logits keep a signal-to-noise ratio of"
         f" {', '.join(words)}; MiniLM's correlations with people are {', '.join(language)}, in brackets those in fp32."
         f" `LsqQuantizer` at 4 bits after some hundred steps: {', '.join(trained)}, relative to fp32. Every quantizer"
         " beside its peers: [docs/quantization.md](docs/quantization.md)."
