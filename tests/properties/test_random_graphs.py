@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 from torch import Tensor, nn
 
 from tersor.errors import EmptyLayerError
@@ -36,6 +37,13 @@ thorough = settings(
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
+
+
+@pytest.fixture(autouse=True)
+def the_same_programs_whatever_is_imported(monkeypatch):
+    """One number in twenty is drawn from those in the source of all modules that are imported by then: not here."""
+    monkeypatch.setattr(providers, "_get_local_constants", providers.Constants)
+    monkeypatch.setattr(providers, "CONSTANTS_CACHE", type(providers.CONSTANTS_CACHE)(1024))
 
 
 def masked(model: nn.Module, factors: Mapping[str, Mapping[str, Sequence[Tensor]]]) -> nn.Module:
@@ -162,22 +170,20 @@ def test_each_word_behind_values_that_are_not_zero_at_zero(word):
 @pytest.mark.filterwarnings("ignore:Sizes stand in the code", "ignore:Left alone, for each")
 def test_masks_that_follow_the_groups():
     shares = shares_of(RATIOS)
-    # About half lose something. Which programs are drawn hangs on the constants of all modules that are imported by
-    # then, so the bounds leave room; they only guard against properties that hold since nothing is ever removed.
-    assert sum(share > 0 for share in shares) > 0.25 * len(shares)
-    assert sum(shares) > 0.1 * len(shares)
+    assert sum(share > 0 for share in shares) > 0.5 * len(shares)
+    assert sum(shares) > 0.2 * len(shares)
 
 
 @pytest.mark.filterwarnings("ignore:Sizes stand in the code", "ignore:Left alone, for each")
 def test_masks_that_follow_nothing():
     shares = shares_of([None])
-    assert sum(share > 0 for share in shares) > 0.1 * len(shares)
+    assert sum(share > 0 for share in shares) > 0.2 * len(shares)
 
 
 @pytest.mark.filterwarnings("ignore:Sizes stand in the code", "ignore:Left alone, for each")
 def test_channels_in_multiples():
     shares = shares_of(RATIOS, round_to=2)
-    assert sum(share > 0 for share in shares) > 0.2 * len(shares)
+    assert sum(share > 0 for share in shares) > 0.4 * len(shares)
 
 
 @pytest.mark.filterwarnings("ignore:Sizes stand in the code", "ignore:Left alone, for each")
@@ -185,8 +191,8 @@ def test_folded_constants():
     """Where all are folded, the small model is the model under the given masks alone, shifts and all."""
     shares = shares_of(RATIOS, constants="fold")
     folded = [share for share in shares if share is not None]
-    assert len(folded) > 0.15 * len(shares)
-    assert sum(share > 0 for share in folded) > 0.15 * len(folded)
+    assert len(folded) > 0.3 * len(shares)
+    assert sum(share > 0 for share in folded) > 0.3 * len(folded)
 
 
 FOUND = {
