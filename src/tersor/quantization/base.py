@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from tersor.compressor import Compressor
 from tersor.config import Granularity, QuantizationSpec
 from tersor.config.values import is_activation
-from tersor.errors import CheckpointError, ConflictError, NumericalError, TraceError, UnmatchedError, nearest
+from tersor.errors import CheckpointError, ConflictError, TraceError, UnmatchedError, nearest
 from tersor.graph.coupling import Coupling
 from tersor.quantization.cut import Cut
-from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.fake_quantize import FakeQuantize, never_seen
 from tersor.quantization.format import Format
 from tersor.quantization.module_fusion import check_calls
 from tersor.quantization.norm_folding import Folded, NormFolded, NormFoldedBias
@@ -160,12 +160,7 @@ class Quantizer(Compressor):
         if not names:
             return
         if all(own.name in names for own in self._quantized() if is_activation(own.config.target_name)):
-            raise NumericalError(
-                "no value was ever seen here, nor at any other input or output",
-                where=names[0],
-                remedy="Give data that reaches these modules, or leave them out; integers and bools are never rounded, "
-                "and a weight that another module reads (attention's out_proj) has no inputs of its own.",
-            )
+            raise never_seen("here, nor at any other input or output", names[0])
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         warnings.warn(
             f"{shown}: nothing that could be rounded passed there, so it is left out; a weight that another module "

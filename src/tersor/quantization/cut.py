@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tersor.config import Granularity
 from tersor.config.values import is_activation
-from tersor.errors import ConfigError
+from tersor.errors import ConfigError, InvalidValueError
 from tersor.targets.channels import activation_channel_dim, channel_dims
 from tersor.targets.granularity import Blocks, block_of
 from tersor.targets.resolve import TargetConfig
@@ -73,6 +73,20 @@ class Cut:
         """The shape of the scales of a tensor of this shape; () where it has one."""
         blocks = self.blocks(shape)
         return () if blocks is None else blocks.grid
+
+    def check(self, shape: torch.Size, scales: torch.Size, where: str, remedy: str) -> None:
+        """Refuse a tensor of a shape that has other blocks than there are scales for.
+
+        Raises:
+            InvalidValueError: naming both.
+        """
+        grid = self.grid(shape)
+        if grid != scales:
+            raise InvalidValueError(
+                f"there are scales for {tuple(scales)} blocks, and a value of shape {tuple(shape)} has {grid}",
+                where=where,
+                remedy=remedy,
+            )
 
     def rows(self, x: Tensor) -> Tensor:
         """The elements of each block in a row: shape (*grid, elements of a block)."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tersor.errors import CheckpointError
+from tersor.errors import CheckpointError, NumericalError
 from tersor.quantization.observers import Sized
 from tersor.wrapping import Stage, Transform
 
@@ -85,3 +85,18 @@ def _shown(value: object) -> str:
     if not isinstance(value, Tensor):
         return repr(value)
     return repr(value.item()) if value.numel() == 1 else f"of shape {tuple(value.shape)}"
+
+
+def never_seen(what: str, where: str) -> NumericalError:
+    """The error for a range that cannot be known.
+
+    Args:
+        what: where nothing passed, in words.
+        where: the name of the target.
+    """
+    return NumericalError(
+        f"no value was ever seen {what}",
+        where=where,
+        remedy="Give data that reaches this module, or leave it out; integers and bools are never rounded, and a "
+        "weight that another module reads (attention's out_proj) has no inputs of its own.",
+    )

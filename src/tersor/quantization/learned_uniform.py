@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from tersor.errors import CheckpointError, InvalidValueError
+from tersor.errors import CheckpointError
 from tersor.quantization.base import FakeQuantize
 from tersor.quantization.cut import Cut
 from tersor.quantization.format import Format
@@ -88,14 +88,12 @@ class LearnedUniform(FakeQuantize):
         if not self.enabled or not value.is_floating_point() or not value.numel():
             return value
         self._follow(value)
-        grid = self.cut.grid(value.shape)
-        if grid != self.first_scale.shape:
-            raise InvalidValueError(
-                f"there are scales for {tuple(self.first_scale.shape)} blocks, and a value of shape "
-                f"{tuple(value.shape)} has {grid}",
-                where=self.name,
-                remedy="Learned scales need a granularity whose blocks do not depend on the sizes of inputs.",
-            )
+        self.cut.check(
+            value.shape,
+            self.first_scale.shape,
+            self.name,
+            "Learned scales need a granularity whose blocks do not depend on the sizes of inputs.",
+        )
         low, high = int(self.form.low), int(self.form.high)
         gradient_scale = (value.numel() // self.first_scale.numel() * high) ** -0.5
         scale = self.cut.spread(self.scale(), value.shape)

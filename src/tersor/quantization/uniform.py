@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tersor.errors import CheckpointError, InvalidValueError, NumericalError
 from tersor.quantization.cut import Cut
-from tersor.quantization.fake_quantize import FakeQuantize
+from tersor.quantization.fake_quantize import FakeQuantize, never_seen
 from tersor.quantization.format import Format
 from tersor.quantization.observers import Extremes, RangeObserver
 
@@ -72,15 +72,13 @@ class UniformQuantize(FakeQuantize):
     def _spread(self, value: Tensor) -> tuple[Tensor, Tensor]:
         if self.scale.device != value.device:  # a hook's transforms do not move with the model
             self.to(value.device)
-        grid = self.cut.grid(value.shape)
-        if grid != self.scale.shape:
-            raise InvalidValueError(
-                f"there are scales for {tuple(self.scale.shape)} blocks, and a value of shape {tuple(value.shape)} has "
-                f"{grid}",
-                where=self.name,
-                remedy="Fixed scales need a granularity whose blocks do not depend on the sizes of inputs; for one "
-                "scale a token set dynamic: True.",
-            )
+        self.cut.check(
+            value.shape,
+            self.scale.shape,
+            self.name,
+            "Fixed scales need a granularity whose blocks do not depend on the sizes of inputs; for one scale a token "
+            "set dynamic: True.",
+        )
         return self.cut.spread(self.scale, value.shape), self.cut.spread(self.zero_point, value.shape)
 
     @torch.no_grad()
@@ -119,12 +117,7 @@ class UniformQuantize(FakeQuantize):
             NumericalError: nothing was seen, or values that are infinite or not numbers.
         """
         if self.unseen:
-            raise NumericalError(
-                "no value was ever seen here",
-                where=self.name,
-                remedy="Give data that reaches this module, or leave it out; integers and bools are never rounded, and "
-                "a weight that another module reads (attention's out_proj) has no inputs of its own.",
-            )
+            raise never_seen("here", self.name)
         if not all(bool(own.isfinite().all()) for own in self.observer.range()):
             raise NumericalError(
                 "values are infinite or not numbers",
