@@ -139,6 +139,11 @@ class Compressor(ABC):
                 )
 
     @property
+    def chain(self) -> tuple[Compressor, ...]:
+        """All compressors that work on the model together, in the order in which they were made."""
+        return tuple(self._chain)
+
+    @property
     def _trainer(self) -> Evaluator | None:
         """The evaluator that one of the fused compressors was given."""
         return next((item.evaluator for item in self._chain if item.evaluator is not None), None)

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from tersor.analysis.batches import batch_size_of, with_batch_size
+from tersor.deploy.lowering import Program
 from tersor.errors import MissingExtraError, TraceError, VerificationError
 from tersor.graph.inputs import as_call, evaluating, map_tensors, tensors_of
 from tersor.speedup.verify import outputs_of, relative_error
 from tersor.storage import replacing_file
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OPSET = 21
+"""The first with types of four bits and with blocks; of what stands here nothing needs a later one."""
 
 
 def require_onnx() -> None:
@@ -60,25 +63,63 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
     shapes = map_tensors(dict(named), lambda tensor: _free_batch(tensor, batch))
     # torch.export would take a batch of 1 for a constant.
     args, kwargs = with_batch_size(example_inputs, max(batch, 2))
-    with evaluating(model), replacing_file(path) as temporary, _quiet_exporter():
-        try:
-            torch.onnx.export(
-                model,
-                args,
-                temporary,
-                kwargs=kwargs,
-                dynamo=True,
-                external_data=False,
-                verbose=False,
-                dynamic_shapes=shapes,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            raise TraceError(
-                f"torch.onnx.export cannot follow it: {str(error.__cause__ or error).splitlines()[0]}",
-                where=type(model).__name__,
-                remedy="Leave the export out, or change what torch.export rejects.",
-            ) from error
+    with evaluating(model), replacing_file(path) as temporary, _quiet_exporter(), _traced_errors(type(model).__name__):
+        torch.onnx.export(
+            model,
+            args,
+            temporary,
+            kwargs=kwargs,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            dynamic_shapes=shapes,
+        )
     return Path(path)
+
+
+def write_program(program: Program, path: str | os.PathLike[str], *, opset: int = OPSET) -> Path:
+    """Write a lowered model as one ONNX file: ``QuantizeLinear`` and ``DequantizeLinear``, weights as stored numbers.
+
+    Args:
+        program: of :func:`tersor.deploy.lowering.lower`, prepared for an engine or not.
+        path: the file to write or replace.
+        opset: of the standard's operators.
+
+    Raises:
+        MissingExtraError: ONNX is not installed.
+        TraceError: the exporter knows no translation of an operator.
+    """
+    require_onnx()
+    import onnx
+
+    from tersor.deploy.onnx_operators import pack_small_types, translations
+
+    with replacing_file(path) as temporary, _quiet_exporter(), _traced_errors(type(program).__name__):
+        exported = torch.onnx.export(
+            program.exported,
+            (),
+            dynamo=True,
+            verbose=False,
+            custom_translation_table=translations(),
+            opset_version=opset,
+        )
+        assert exported is not None
+        pack_small_types(exported.model)
+        exported.save(temporary, external_data=False)
+        onnx.checker.check_model(os.fspath(temporary))
+    return Path(path)
+
+
+@contextmanager
+def _traced_errors(where: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.onnx.OnnxExporterError as error:
+        raise TraceError(
+            f"torch.onnx.export cannot follow it: {str(error.__cause__ or error).splitlines()[0]}",
+            where=where,
+            remedy="Leave the export out, or change what torch.export rejects.",
+        ) from error
 
 
 @contextmanager

@@ -84,11 +84,15 @@ class Quantizer(Compressor):
         return self.wrappers[module].tensor(name)
 
     def get_calibration_config(self) -> CalibrationConfig:
-        """What a deployed model needs of each target of this quantizer."""
+        """What a deployed model needs of each target of this quantizer.
+
+        Where modules are quantized as one, ``fuse_names`` says which.
+        """
         config: CalibrationConfig = {}
         for target, transform in self.transforms():
             module, name = target.place
-            config.setdefault(module, {})[name] = transform.calibration()
+            fused = {"fuse_names": list(self.plan.fused[module].names)} if module in self.plan.fused else {}
+            config.setdefault(module, {})[name] = {**transform.calibration(), **fused}
         return config
 
     def update_calibration_config(self, config: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:

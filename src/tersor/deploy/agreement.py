@@ -1,0 +1,59 @@
+"""How far one model's outputs are from another's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far outputs are from those of a reference.
+
+    Attributes:
+        snr: signal to noise in dB: ten times the logarithm of the reference's power over the difference's; the least
+            of all outputs. Infinite where they are equal, and not a number never: a value that is none counts as noise.
+        top1: the share of samples with the same largest value in the first output.
+    """
+
+    snr: float
+    top1: float
+
+
+def agreement(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Agreement:
+    """Compare outputs with those of a reference.
+
+    Args:
+        outputs: tensors.
+        reference: of the same shapes.
+
+    >>> agreement([torch.tensor([[1.0, 1.01]])], [torch.tensor([[1.0, 1.0]])]).snr
+    43.0...
+    """
+    ratios = [snr(own, other) for own, other in zip(outputs, reference, strict=True) if other.is_floating_point()]
+    first = next((pair for pair in zip(outputs, reference, strict=True) if pair[1].dim() and pair[1].numel()), None)
+    top1 = 1.0
+    if first is not None:
+        dim = -1
+        top1 = float((first[0].argmax(dim) == first[1].argmax(dim).to(first[0].device)).float().mean())
+    return Agreement(min(ratios, default=math.inf), top1)
+
+
+def snr(value: Tensor, reference: Tensor) -> float:
+    """Signal to noise of one tensor, in dB."""
+    reference, value = reference.detach().cpu().double(), value.detach().cpu().double()
+    if reference.shape != value.shape:
+        return -math.inf
+    same = (reference == value) | (reference.isnan() & value.isnan())  # infinities of masks among them
+    difference = torch.where(same, 0.0, value - reference)
+    signal = torch.where(reference.isfinite(), reference, 0.0).square().sum()
+    noise = difference.square().sum()
+    if not bool(noise.isfinite()):
+        return -math.inf
+    if float(noise) == 0:
+        return math.inf
+    return 10 * math.log10(float(signal / noise)) if float(signal) > 0 else -math.inf

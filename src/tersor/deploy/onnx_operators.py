@@ -1,0 +1,109 @@
+"""How a program's own operators are said in ONNX. Imported where ONNX is wanted alone: its packages are optional."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnxscript import opset21
+
+from tersor.config.dtypes import FloatDtype, IntDtype, parse_dtype
+
+op: Any = opset21
+_NAMED = {
+    **{
+        f"{sign}int{bits}": getattr(ir.DataType, f"{sign}int{bits}".upper())
+        for sign in ("", "u")
+        for bits in (4, 8, 16)
+    },
+    "int32": ir.DataType.INT32,
+    "fp8_e4m3": ir.DataType.FLOAT8E4M3FN,
+    "fp8_e5m2": ir.DataType.FLOAT8E5M2,
+}
+_PACKED = ("int4", "uint4")
+
+
+def element_type(kind: str) -> ir.DataType:
+    """The ONNX type that a type is stored as: its own, or the next wider one.
+
+    >>> element_type("uint4").name, element_type("int3").name
+    ('UINT4', 'INT8')
+    """
+    dtype = parse_dtype(kind)
+    if kind in _NAMED or isinstance(dtype, FloatDtype):
+        return _NAMED[kind]
+    wider = next(bits for bits in (8, 16, 32) if bits >= dtype.bits)
+    return _NAMED[IntDtype(wider, dtype.signed).as_config()]
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For ``torch.onnx.export``'s ``custom_translation_table``."""
+    return {
+        torch.ops.tersor.quantize.default: _quantize,
+        torch.ops.tersor.dequantize.default: _dequantize,
+    }
+
+
+# The exporter takes what is an attribute from the annotations, which therefore are no strings' union.
+def _quantize(
+    x: Any, scale: Any, zero_point: Any, kind: str, low: float, high: float,
+    axis: Optional[int] = None, block: Optional[int] = None,  # noqa: UP045
+) -> Any:  # fmt: skip
+    dtype = parse_dtype(kind)
+    if not isinstance(dtype, FloatDtype) and not _is_whole(dtype, low, high):
+        offset = op.Cast(zero_point, to=1)
+        least, most = (op.Mul(op.Sub(op.Constant(value_float=float(end)), offset), scale) for end in (low, high))
+        if axis is None:
+            x = op.Clip(x, least, most)
+    return op.QuantizeLinear(x, scale, _typed(zero_point, kind), **_place(axis, block))
+
+
+def _dequantize(
+    q: Any, scale: Any, zero_point: Any, kind: str,
+    axis: Optional[int] = None, block: Optional[int] = None,  # noqa: UP045
+) -> Any:  # fmt: skip
+    return op.DequantizeLinear(_typed(q, kind), scale, _typed(zero_point, kind), **_place(axis, block))
+
+
+def _typed(value: Any, kind: str) -> Any:
+    return op.Cast(value, to=int(element_type(kind))) if kind in _PACKED else value
+
+
+def _place(axis: int | None, block: int | None) -> dict[str, int]:
+    return {key: value for key, value in (("axis", axis), ("block_size", block)) if value is not None}
+
+
+def _is_whole(dtype: IntDtype, low: float, high: float) -> bool:
+    """Whether a range is all of the type's in ONNX, or but for its least number."""
+    wide = element_type(dtype.as_config())
+    bits = int(wide.bitwidth)
+    least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype.signed else (0, 2**bits - 1)
+    return low <= least + 1 and high >= most
+
+
+def pack_small_types(model: ir.Model) -> None:
+    """Store constants of four bits as such: two numbers a byte, and no cast while the model runs."""
+    for node in list(model.graph):
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type != "Cast" or source is None or source.const_value is None:
+            continue
+        to = ir.DataType(node.attributes["to"].as_int())
+        if to not in (ir.DataType.INT4, ir.DataType.UINT4):
+            continue
+        values = source.const_value.numpy().astype(to.numpy())
+        name = f"{source.name}_{to.name.lower()}"
+        if name not in model.graph.initializers:
+            packed = ir.Value(
+                name=name,
+                shape=ir.Shape(values.shape),
+                type=ir.TensorType(to),
+                const_value=ir.Tensor(np.asarray(values), dtype=to),
+            )
+            model.graph.register_initializer(packed)
+        ir.convenience.replace_all_uses_with(node.outputs[0], model.graph.initializers[name])
+        model.graph.remove(node, safe=True)
+    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+        model.graph.initializers.pop(name)

@@ -1,0 +1,122 @@
+"""ONNX Runtime: one ONNX file with Q/DQ, whose int8 kernels the runtime itself finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from tersor.config.dtypes import FloatDtype, QuantDtype
+from tersor.deploy.engine import Engine, Operator, Session
+from tersor.deploy.graph import Graph
+from tersor.deploy.lowering import Fallback, Program
+from tersor.deploy.onnx import write_program
+from tersor.deploy.placement import join_twins, unsigned_activations
+from tersor.errors import CheckpointError
+
+FLOATING = frozenset(
+    {"Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+)  # fmt: skip
+INTEGER = frozenset(
+    {"QLinearConv", "ConvInteger", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat",
+     "DynamicQuantizeMatMul", "QAttention", "MatMulNBits"}
+)  # fmt: skip
+
+
+@final
+class OnnxRuntime(Engine):
+    """ONNX Runtime on the CPU."""
+
+    name: ClassVar[str] = "onnxruntime"
+    title: ClassVar[str] = "ONNX Runtime"
+    packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
+    extra: ClassVar[str] = "onnx"
+    file: ClassVar[str] = "model.onnx"
+
+    def lacks(self, dtype: QuantDtype, *, is_activation: bool) -> str:
+        """It has integers of 4, 8 and 16 bits and both types of fp8."""
+        if isinstance(dtype, FloatDtype) or dtype.bits in (4, 8, 16):
+            return ""
+        return f"has no {dtype.as_config()}"
+
+    def prepare(self, program: Program) -> tuple[Program, tuple[Fallback, ...]]:
+        """Activations as uint8, each value quantized once."""
+        graph = Graph(program)
+        join_twins(graph)
+        unsigned_activations(graph)
+        return graph.close(), ()
+
+    def build(self, program: Program, folder: Path, options: Mapping[str, Any]) -> None:
+        """One file."""
+        write_program(program, folder / self.file)
+
+    def open(self, folder: Path, *, threads: int | None, options: Mapping[str, Any]) -> Session:
+        """A session on the CPU."""
+        return _Session(folder / self.file, threads)
+
+
+class _Session(Session):
+    def __init__(self, path: Path, threads: int | None) -> None:
+        self._path, self._threads = path, threads
+        self._session = self._open(profiled=False)
+        self._inputs = [value.name for value in self._session.get_inputs()]
+
+    def _open(self, *, profiled: bool) -> Any:
+        import onnxruntime  # here, because the package is optional
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # A product and the sum with its bias stay two: together they would run in floating point.
+        disabled = ["MatMulAddFusion"]
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        if profiled:
+            options.enable_profiling = True
+            options.profile_file_prefix = os.path.join(tempfile.gettempdir(), "tersor-profile")
+        try:
+            return onnxruntime.InferenceSession(
+                os.fspath(self._path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+            )
+        except Exception as error:
+            raise CheckpointError(
+                f"ONNX Runtime cannot open it: {str(error).splitlines()[0]}", where=os.fspath(self._path)
+            ) from error
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.from_numpy(value) for value in self._session.run(None, self._feed(inputs))]
+
+    def profile(self, inputs: Sequence[Tensor]) -> list[Operator]:
+        session = self._open(profiled=True)
+        runs = 5
+        for _ in range(runs):
+            session.run(None, self._feed(inputs))
+        path = Path(session.end_profiling())
+        try:
+            events = json.loads(path.read_text())
+        finally:
+            path.unlink()
+        spent: Counter[tuple[str, str]] = Counter()
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                kind = event["args"]["op_name"]
+                spent[event["name"].removesuffix("_kernel_time"), kind] += event["dur"]
+        return [
+            Operator(
+                name,
+                kind,
+                "int8" if kind in INTEGER or kind.startswith(("QLinear", "Quantize", "Dequantize")) else "float",
+                microseconds / runs / 1000,
+                computes=kind in INTEGER | FLOATING,
+            )
+            for (name, kind), microseconds in spent.items()
+        ]
+
+    def _feed(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
+        return {name: value.detach().cpu().numpy() for name, value in zip(self._inputs, inputs, strict=True)}

@@ -1,0 +1,279 @@
+"""From simulated to real: a model and its calibration become a file that an engine runs in integers, and the proof."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from tersor.analysis.batches import batch_size_of, with_batch_size
+from tersor.compressor import Compressor
+from tersor.deploy.agreement import agreement
+from tersor.deploy.compiled import CompiledModel, DeployReport, size_of
+from tersor.deploy.engine import Engine
+from tersor.deploy.engines import engine_of
+from tersor.deploy.graph import DEQUANTIZE, QUANTIZE
+from tersor.deploy.lowering import Program, lower
+from tersor.deploy.plain import plain_copy
+from tersor.deploy.structure import Signature
+from tersor.errors import InvalidValueError, VerificationError
+from tersor.graph.inputs import evaluating, named_tensors, tensors_of
+from tersor.quantization.base import CalibrationConfig
+
+OnFailure = Literal["error", "warn"]
+Unsupported = Literal["error", "float", "widen"]
+FLOOR_MARGIN = 6.0
+"""So many dB below what the simulation has against itself an artefact may lie."""
+
+
+class QuantizationSpeedup:
+    """Makes a quantized model run in integers on an inference engine, and proves that it computes the same.
+
+    Args:
+        model: a finished compressor (a quantizer, or all that is fused with it); or a plain model, with its
+            calibration.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments: real data, since outputs are
+            compared on them.
+        calibration_config: as ``get_calibration_config()`` or ``load_calibration()`` give it. Without any the model
+            runs in floating point.
+        engine: see :func:`tersor.deploy.engines`; ``auto`` is the first that is installed.
+        float_model: the model before compression, to compare with.
+        min_snr: outputs are to agree with the simulation's by so many dB. Deep networks amplify what differs in the
+            last digit where a value is rounded the other way; so what the simulation has against itself, its inputs
+            changed by a millionth, is enough (less six dB).
+        min_coverage: of the convolutions and products that the calibration quantizes, this share has to run in int8.
+        on_failure: ``error`` or ``warn`` where one of these fails.
+        unsupported: what becomes of types that the engine lacks: an ``error``, ``float`` (the values stay rounded), or
+            ``widen`` (stored as the next wider type, same values).
+        threads: of the engine; None leaves it to the engine.
+        dynamic_batch: whether the batch may have any size.
+        options: of the engine, by name.
+
+    Raises:
+        InvalidValueError: an unknown engine, or a calibration beside a compressor that has its own.
+        MissingExtraError: the engine is not installed.
+
+    Attributes:
+        report: None until :meth:`compile` has run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Compressor,
+        example_inputs: Any,
+        calibration_config: CalibrationConfig | None = None,
+        engine: str = "auto",
+        *,
+        float_model: nn.Module | None = None,
+        min_snr: float = 40.0,
+        min_coverage: float = 1.0,
+        on_failure: OnFailure = "error",
+        unsupported: Unsupported = "error",
+        threads: int | None = None,
+        dynamic_batch: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name, value, legal in (
+            ("on_failure", on_failure, ("error", "warn")),
+            ("unsupported", unsupported, ("error", "float", "widen")),
+        ):
+            if value not in legal:
+                raise InvalidValueError(f"{value!r} is not accepted", where=name, legal=legal)
+        if isinstance(model, Compressor) and calibration_config is not None:
+            raise InvalidValueError(
+                "the compressor has a calibration of its own",
+                where="calibration_config",
+                remedy="Leave it out, or call update_calibration_config() first.",
+            )
+        self.model = model
+        self.example_inputs = example_inputs
+        self.calibration_config = calibration_config
+        self.engine: Engine = engine_of(engine)
+        self.float_model = float_model
+        self.min_snr, self.min_coverage = min_snr, min_coverage
+        self.on_failure: OnFailure = on_failure
+        self.unsupported: Unsupported = unsupported
+        self.threads, self.dynamic_batch = threads, dynamic_batch
+        self.options = dict(options or {})
+        self.report: DeployReport | None = None
+
+    def lower(self) -> Program:
+        """The program, before the engine's wishes; its outputs are the simulation's."""
+        if isinstance(self.model, Compressor):
+            plain = plain_copy(self.model)
+            return lower(
+                plain.model,
+                self.example_inputs,
+                plain.calibration,
+                masks=plain.activation_masks,
+                dynamic_batch=self.dynamic_batch,
+            )
+        return lower(self.model, self.example_inputs, self.calibration_config, dynamic_batch=self.dynamic_batch)
+
+    def compile(self) -> CompiledModel:
+        """Build, open, compare.
+
+        Returns:
+            What is called like the model.
+
+        Raises:
+            TraceError: the model cannot be exported.
+            InvalidValueError: a type that the engine lacks.
+            VerificationError: the outputs depart from the simulation's, or too little runs in int8.
+        """
+        program = self.lower()
+        prepared, lacking = self.engine.prepare(program)
+        folder = Path(mkdtemp(prefix="tersor-"))
+        self.engine.build(prepared, folder, self.options)
+        simulation = _Simulation(self._simulated(program), self.example_inputs, self.dynamic_batch)
+        source = self.model.model if isinstance(self.model, Compressor) else self.model
+        signature = Signature.of(source, self.example_inputs, simulation.output, dynamic_batch=self.dynamic_batch)
+        report = DeployReport(
+            self.engine.name,
+            self.engine.version(),
+            size_of(folder),
+            sum(tensor.numel() * tensor.element_size() for tensor in named_tensors(source).values()),
+            asked=len(quantized_contractions(program)),
+            fallbacks=(*program.fallbacks, *lacking),
+        )
+        compiled = CompiledModel(
+            self.engine.name, folder, signature, report, threads=self.threads, options=self.options
+        )
+        weakref.finalize(compiled, shutil.rmtree, folder, True)
+        self._verify(compiled, program, simulation)
+        self.report = compiled.report
+        return compiled
+
+    def _simulated(self, program: Program) -> nn.Module:
+        """What the artefact is compared with: the compressor's own simulation, where there is one."""
+        if isinstance(self.model, Compressor):
+            return self.model.model
+        return program.exported.module() if self.calibration_config else self.model
+
+    def _verify(self, compiled: CompiledModel, program: Program, simulation: _Simulation) -> None:
+        results = tensors_of(_call(compiled, simulation.inputs))
+        own = agreement(results, simulation.outputs)
+        floor = floor_of(program, simulation) if own.snr < self.min_snr else None
+        operators = tuple(compiled.session.profile(tensors_of(simulation.inputs)))
+        int8 = sum(operator.computes and operator.precision == "int8" for operator in operators)
+        before = None
+        if self.float_model is not None:
+            with evaluating(self.float_model), torch.no_grad():
+                before = agreement(results, tensors_of(_call(self.float_model, simulation.inputs))).snr
+        compiled.with_report(
+            operators=operators, int8=int8, simulation_snr=own.snr, float_snr=before, floor=floor, top1=own.top1
+        )
+        least = self.min_snr if floor is None else min(self.min_snr, floor - FLOOR_MARGIN)
+        if not own.snr >= least:
+            floor_text = "" if floor is None else f" (the simulation has {floor:.1f} dB against itself)"
+            self._fail(
+                f"the outputs depart from the simulation's: {own.snr:.1f} dB, less than {least:.1f}{floor_text}",
+                "Try another engine, or turn its optimizations off; do not ship this file.",
+            )
+        if compiled.report.coverage < self.min_coverage:
+            floating = [operator.name for operator in operators if operator.computes and operator.precision == "float"]
+            self._fail(
+                f"{int8} of {compiled.report.asked} quantized operators run in int8; "
+                f"in floating point: {', '.join(floating[:5])}",
+                "See engine_config() for what this engine wants quantized, or lower min_coverage.",
+            )
+
+    def _fail(self, what: str, remedy: str) -> None:
+        if self.on_failure == "warn":
+            warnings.warn(f"{self.engine.title}: {what}. {remedy}", stacklevel=4)
+            return
+        raise VerificationError(what, where=self.engine.title, remedy=remedy)
+
+
+class _Shaken(fx.Interpreter):
+    """Runs a program with values that are changed by a millionth before they are rounded, as other sums change them."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.exported.module())
+        self._draws = torch.Generator().manual_seed(0)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """The value of one call."""
+        if target is QUANTIZE:
+            value, *rest = args
+            noise = 1e-6 * torch.randn(value.shape, generator=self._draws).to(value)
+            args = (value * (1 + noise), *rest)
+        return super().call_function(target, args, kwargs)
+
+
+def floor_of(program: Program, simulation: _Simulation) -> float:
+    """What a simulation has against itself where sums end in another last digit, in dB.
+
+    Where a value lies between two numbers, the last digit decides; what comes of it differs by a whole step, and the
+    next layers see other values. So two right ways to compute a deep network of integers do not agree to the bit.
+    """
+    with torch.no_grad():
+        args, kwargs = simulation.inputs
+        shaken = _Shaken(program).run(*args, *kwargs.values())
+    return agreement(tensors_of(shaken), simulation.outputs).snr
+
+
+class _Simulation:
+    """Runs what the artefact is compared with, at another batch size than the example's where that is free."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> None:
+        self.model = model
+        batch = batch_size_of(example_inputs)
+        self.inputs: Any = with_batch_size(example_inputs, batch + 1 if dynamic_batch else batch)
+        self.output = self._run(self.inputs)
+        self.outputs = tensors_of(self.output)
+
+    def _run(self, inputs: Any) -> Any:
+        # A graph of torch.export has no modes; anything else is run in eval mode.
+        with torch.no_grad():
+            if isinstance(self.model, fx.GraphModule):
+                return _call(self.model, inputs)
+            with evaluating(self.model):
+                return _call(self.model, inputs)
+
+
+def _call(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    args, kwargs = inputs
+    return model(*args, **kwargs)
+
+
+_ATEN = torch.ops.aten
+CONTRACTIONS = frozenset(
+    {
+        _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.convolution.default,
+        _ATEN.conv_transpose1d.default, _ATEN.linear.default, _ATEN.addmm.default, _ATEN.mm.default,
+        _ATEN.bmm.default, _ATEN.matmul.default, _ATEN.baddbmm.default,
+    }
+)  # fmt: skip
+
+
+def quantized_contractions(program: Program) -> list[fx.Node]:
+    """The convolutions and products of a program of which both operands are quantized."""
+    return [
+        node
+        for node in program.exported.graph.nodes
+        if node.target in CONTRACTIONS
+        and sum(_is_quantized(operand) for operand in node.args if isinstance(operand, fx.Node)) >= 2
+    ]
+
+
+def _is_quantized(node: fx.Node) -> bool:
+    """Whether a value comes from stored numbers, through what only moves it."""
+    while node.op == "call_function" and node.target in _MOVEMENT:
+        node = node.args[0]  # pyright: ignore
+    return node.target is DEQUANTIZE
+
+
+_MOVEMENT = frozenset(
+    {
+        _ATEN.permute.default, _ATEN.transpose.int, _ATEN.t.default, _ATEN.view.default, _ATEN.reshape.default,
+        _ATEN.unsqueeze.default, _ATEN.expand.default,
+    }
+)  # fmt: skip
