@@ -40,6 +40,27 @@ class Operator:
     attends: bool = False
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What an engine wants quantized, and how.
+
+    Attributes:
+        non_negative: settings of an input or output that has no negative value.
+        signed: of any other.
+        convolution_outputs: whether a convolution's output is wanted as well, and a sum's.
+        sums: whether the operands of residual sums are.
+    """
+
+    non_negative: Mapping[str, Any]
+    signed: Mapping[str, Any]
+    convolution_outputs: bool = False
+    sums: bool = True
+
+
+UINT8: Mapping[str, Any] = {"quant_dtype": "uint8", "quant_scheme": "affine"}
+INT8: Mapping[str, Any] = {"quant_dtype": "int8", "quant_scheme": "symmetric"}
+
+
 class Session(ABC):
     """A file that an engine has opened."""
 
@@ -61,6 +82,7 @@ class Engine(ABC):
         packages: which have to be installed.
         extra: of Tersor's, that brings them.
         file: the name of what :meth:`build` writes.
+        wishes: what it wants quantized.
     """
 
     name: ClassVar[str]
@@ -68,6 +90,7 @@ class Engine(ABC):
     packages: ClassVar[tuple[str, ...]]
     extra: ClassVar[str]
     file: ClassVar[str]
+    wishes: ClassVar[Wishes]
 
     @classmethod
     def why_not(cls) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tersor.config.dtypes import FloatDtype, QuantDtype
-from tersor.deploy.engine import Engine, Operator, Session
+from tersor.deploy.engine import UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import Graph
 from tersor.deploy.lowering import Fallback, Program
 from tersor.deploy.onnx import write_program
@@ -39,6 +39,7 @@ class OnnxRuntime(Engine):
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "onnxruntime")
     extra: ClassVar[str] = "onnx"
     file: ClassVar[str] = "model.onnx"
+    wishes: ClassVar[Wishes] = Wishes(non_negative=UINT8, signed=UINT8, convolution_outputs=True)
 
     def lacks(self, dtype: QuantDtype, *, is_activation: bool) -> str:
         """It has integers of 4, 8 and 16 bits and both types of fp8."""

@@ -120,6 +120,7 @@ class Signature:
 def describe(value: Any) -> Any:
     """The nesting of a value, for JSON: ``"tensor"``, ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"dict": {...}}``.
 
+    >>> import torch
     >>> describe({"logits": torch.zeros(1), "states": (torch.zeros(1), None)})
     {'dict': {'logits': 'tensor', 'states': {'tuple': ['tensor', {'value': None}]}}}
     """

@@ -130,7 +130,7 @@ class _Run(fx.Interpreter):
         if len({operand.dtype for operand in operands}) > 1:
             return False
         memory, ending = _memory(self.env[written]), self.user_to_last_uses.get(node, [])
-        living = [value for other, value in self.env.items() if other not in ending]
+        living = [value for other, value in self.env.items() if other not in ending and other.users]
         others = {_memory(leaf) for leaf in leaves(living) if isinstance(leaf, Tensor)}
         return memory not in self._kept | others
 

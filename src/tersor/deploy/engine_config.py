@@ -1,0 +1,161 @@
+"""What an engine wants quantized: a model in which everything has a name, and a config list for any quantizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from tersor.deploy.engine import Wishes
+from tersor.deploy.engines import engine_of
+from tersor.graph.functions import functions_as_modules
+from tersor.graph.operations import Add
+from tersor.quantization.module_fusion import auto_fuse, fuse_modules
+
+NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
+"""What gives no negative value."""
+RANGED = (nn.ReLU, nn.ReLU6)
+"""Activations that are nothing but a limit of the range, so that a kernel has them for nothing."""
+MOVING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout)
+"""What gives values that it was given."""
+
+
+def engine_config(
+    model: nn.Module, example_inputs: Any, engine: str = "auto", *, leaf_types: tuple[type[nn.Module], ...] = ()
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Prepare a model for a quantizer so that an engine can run it in integers as far as that pays.
+
+    Engines differ in where they want a value rounded: ONNX Runtime behind each convolution and on both sides of a
+    residual sum, OpenVINO in front of each. Norms, softmax, GELU and products of attention stay in floating point:
+    quantizing them is slower, and costs 5 to 20 dB.
+
+    Args:
+        model: any model that can be traced; it is left as it was.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+        engine: see :func:`tersor.deploy.engines`.
+        leaf_types: see :func:`tersor.graph.functions_as_modules`.
+
+    Returns:
+        A copy whose batch norms are folded and whose functions are modules, and a config list for it.
+
+    Raises:
+        TraceError: the model cannot be traced.
+        InvalidValueError: an unknown engine.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    >>> net, config_list = engine_config(net, torch.zeros(1, 1, 4, 4), "onnxruntime")
+    >>> [(entry["op_names"], entry["target_names"]) for entry in config_list]
+    [(['0', '4'], ['weight']), (['0'], ['_input_0']), (['0'], ['_output_0']), (['4'], ['_input_0'])]
+    """
+    wishes = engine_of(engine).wishes
+    model = copy.deepcopy(model).eval()
+    fuse_modules(model, auto_fuse(model, example_inputs))
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # pyright: ignore  # what is written in place has no output of its own
+    traced = functions_as_modules(model, example_inputs, leaf_types=leaf_types)
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    traced.recompile()
+    return traced, _Config(traced, wishes).entries()
+
+
+@dataclass
+class _Config:
+    """Collects the targets of a traced model."""
+
+    model: fx.GraphModule
+    wishes: Wishes
+    targets: dict[tuple[str, bool], list[str]] = field(default_factory=dict)
+    fused: list[tuple[str, str]] = field(default_factory=list)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The config list."""
+        heads: list[str] = []
+        embeddings: list[str] = []
+        for node, module in self._calls():
+            name = str(node.target)
+            if isinstance(module, (_ConvNd, nn.Linear)):
+                if name not in heads:
+                    heads.append(name)
+                self._add(name, "_input_0", node.all_input_nodes[0])
+                if isinstance(module, _ConvNd) and self.wishes.convolution_outputs:
+                    self._add_output(node)
+            elif isinstance(module, nn.Embedding) and name not in embeddings:
+                embeddings.append(name)
+            elif isinstance(module, Add) and self.wishes.sums and self._joins_branches(node):
+                for position, operand in enumerate(node.all_input_nodes):
+                    self._add(name, f"_input_{position}", operand)
+                if self.wishes.convolution_outputs:
+                    self._add_output(node)
+        settings = {"weight": {"quant_dtype": "int8", "quant_scheme": "symmetric"}}
+        entries: list[dict[str, Any]] = []
+        if heads:
+            entries.append({"op_names": heads, "target_names": ["weight"], "target_settings": settings})
+        if embeddings:
+            rows = {"weight": {**settings["weight"], "granularity": [1, -1]}}
+            entries.append({"op_names": embeddings, "target_names": ["weight"], "target_settings": rows})
+        for (target, non_negative), names in self.targets.items():
+            form = self.wishes.non_negative if non_negative else self.wishes.signed
+            entries.append({"op_names": names, "target_names": [target], "target_settings": {target: dict(form)}})
+            fused = [names_ for names_ in self.fused if target == "_output_0" and names_[0] in names]
+            if fused:
+                entries[-1]["fuse_names"] = fused
+        return entries
+
+    def _calls(self) -> Iterator[tuple[fx.Node, nn.Module]]:
+        for node in self.model.graph.nodes:
+            if node.op == "call_module":
+                yield node, self.model.get_submodule(str(node.target))
+
+    def _add(self, name: str, target: str, value: fx.Node) -> None:
+        names = self.targets.setdefault((target, self._is_non_negative(value)), [])
+        if name not in names:
+            names.append(name)
+
+    def _add_output(self, node: fx.Node) -> None:
+        """The output, behind an activation that is nothing but a limit."""
+        users = list(node.users)
+        follower = self._module(users[0]) if len(users) == 1 else None
+        limited = isinstance(follower, RANGED) and self._calls_of(users[0]) == 1 and self._calls_of(node) == 1
+        if limited:
+            self.fused.append((str(node.target), str(users[0].target)))
+        self._add(str(node.target), "_output_0", users[0] if limited else node)
+
+    def _joins_branches(self, node: fx.Node) -> bool:
+        """Whether a sum adds what convolutions made, and not a constant or tokens."""
+        operands = node.all_input_nodes
+        return len(operands) == 2 and all(self._comes_from_convolution(operand) for operand in operands)
+
+    def _comes_from_convolution(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        if isinstance(module, (_ConvNd, Add)):
+            return isinstance(module, _ConvNd) or self._joins_branches(node)
+        moved = isinstance(module, (*MOVING, *RANGED))
+        return moved and self._comes_from_convolution(node.all_input_nodes[0])
+
+    def _is_non_negative(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        if isinstance(module, NON_NEGATIVE):
+            return True
+        moves = isinstance(module, (*MOVING, nn.AdaptiveAvgPool2d, nn.AvgPool2d)) or (
+            node.op in ("call_function", "call_method") and _name(node) in ("flatten", "reshape", "view", "permute")
+        )
+        return moves and self._is_non_negative(node.all_input_nodes[0])
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _calls_of(self, node: fx.Node) -> int:
+        return sum(other.target == node.target for other, _ in self._calls())
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
