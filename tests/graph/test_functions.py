@@ -206,6 +206,23 @@ def test_writes_that_a_module_cannot_stand_for_stay(kind):
     assert torch.equal(written, x + 1 if kind == "input" else x)
 
 
+def test_a_value_that_nobody_reads_is_no_other_name_for_the_memory():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 2, 1), nn.Identity()  # a norm that was folded
+
+        def forward(self, x):
+            out = self.norm(self.conv(x))
+            out += x
+            return out
+
+    model, x = Residual().eval(), torch.randn(2, 2, 3, 3)
+    result = functions_as_modules(model, x)
+    assert modules_made(result, model) == {"add": "Add"}
+    assert torch.equal(result(x), model(x))
+
+
 def test_dropout_stays_dropout_in_training_and_shared_code_gets_a_module_a_call():
     class Drops(nn.Module):
         def forward(self, x):
