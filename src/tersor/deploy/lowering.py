@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
@@ -123,7 +124,8 @@ def export(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
         shapes = map_tensors(dict(named), lambda tensor: _free_batch(tensor, batch))
         # torch.export would take a batch of 1 for a constant.
         args, kwargs = with_batch_size(example_inputs, max(batch, 2))
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.export's own, about itself
         try:
             # The empty table takes nothing apart; what is written in place becomes a value of its own.
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes).run_decompositions({})

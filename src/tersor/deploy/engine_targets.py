@@ -50,7 +50,7 @@ def engine_config(
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
     >>> net, config_list = engine_config(net, torch.zeros(1, 1, 4, 4), "onnxruntime")
     >>> [(entry["op_names"], entry["target_names"]) for entry in config_list]
-    [(['0', '4'], ['weight']), (['0'], ['_input_0']), (['0'], ['_output_0']), (['4'], ['_input_0'])]
+    [(['0', '4'], ['weight']), (['0'], ['_input_0']), (['2'], ['_output_0']), (['4'], ['_input_0'])]
     """
     wishes = engine_of(engine).wishes
     model = copy.deepcopy(model).eval()
@@ -59,12 +59,34 @@ def engine_config(
         if getattr(module, "inplace", False):
             module.inplace = False  # pyright: ignore  # what is written in place has no output of its own
     traced = functions_as_modules(model, example_inputs, leaf_types=leaf_types)
+    _drop_identities(traced)
+    _one_module_a_call(traced)
+    traced.recompile()
+    return traced, _Config(traced, wishes).entries()
+
+
+def _drop_identities(traced: fx.GraphModule) -> None:
+    """What a folded norm leaves behind would stand between a convolution and its activation."""
     for node in list(traced.graph.nodes):
         if node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), nn.Identity):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
-    traced.recompile()
-    return traced, _Config(traced, wishes).entries()
+
+
+def _one_module_a_call(traced: fx.GraphModule) -> None:
+    """Where one activation serves several places, each gets its own: their outputs have ranges of their own."""
+    called: set[str] = set()
+    for node in traced.graph.nodes:
+        if node.op != "call_module" or not isinstance(traced.get_submodule(str(node.target)), RANGED):
+            continue
+        name, number = str(node.target), 0
+        while name in called:
+            number += 1
+            name = f"{node.target}_{number}"
+        called.add(name)
+        if number:
+            traced.add_submodule(name, copy.deepcopy(traced.get_submodule(str(node.target))))
+            node.target = name
 
 
 @dataclass
@@ -74,7 +96,6 @@ class _Config:
     model: fx.GraphModule
     wishes: Wishes
     targets: dict[tuple[str, bool], list[str]] = field(default_factory=dict)
-    fused: list[tuple[str, str]] = field(default_factory=list)
 
     def entries(self) -> list[dict[str, Any]]:
         """The config list."""
@@ -105,9 +126,6 @@ class _Config:
         for (target, non_negative), names in self.targets.items():
             form = self.wishes.non_negative if non_negative else self.wishes.signed
             entries.append({"op_names": names, "target_names": [target], "target_settings": {target: dict(form)}})
-            fused = [names_ for names_ in self.fused if target == "_output_0" and names_[0] in names]
-            if fused:
-                entries[-1]["fuse_names"] = fused
         return entries
 
     def _calls(self) -> Iterator[tuple[fx.Node, nn.Module]]:
@@ -123,11 +141,8 @@ class _Config:
     def _add_output(self, node: fx.Node) -> None:
         """The output, behind an activation that is nothing but a limit."""
         users = list(node.users)
-        follower = self._module(users[0]) if len(users) == 1 else None
-        limited = isinstance(follower, RANGED) and self._calls_of(users[0]) == 1 and self._calls_of(node) == 1
-        if limited:
-            self.fused.append((str(node.target), str(users[0].target)))
-        self._add(str(node.target), "_output_0", users[0] if limited else node)
+        behind = users[0] if len(users) == 1 and isinstance(self._module(users[0]), RANGED) else node
+        self._add(str(behind.target), "_output_0", behind)
 
     def _joins_branches(self, node: fx.Node) -> bool:
         """Whether a sum adds what convolutions made, and not a constant or tokens."""
@@ -152,9 +167,6 @@ class _Config:
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-    def _calls_of(self, node: fx.Node) -> int:
-        return sum(other.target == node.target for other, _ in self._calls())
 
 
 def _name(node: fx.Node) -> str:
