@@ -66,13 +66,11 @@ def trained(kind, config_list, **arguments):
         lambda: trained(LsqQuantizer, entries("int4", "uint4", "symmetric")),
         lambda: trained(LsqPlusQuantizer, entries("int4", "uint4")),
         lambda: trained(DoReFaQuantizer, entries("int4", "uint4", None)),
-        lambda: trained(DoReFaQuantizer, entries("uint3", "uint7", None)),
         lambda: trained(DoReFaQuantizer, entries("int1", "uint1", None)),
         lambda: trained(DoReFaQuantizer, entries("uint1", "uint8", None)),
-        lambda: trained(DoReFaQuantizer, entries("int16", "uint16", None)),
         lambda: trained(BNNQuantizer, entries("int1", "int1", None)),
     ],
-    ids=["QAT", "LSQ", "LSQ+", "DoReFa", "DoReFa uint3", "DoReFa int1", "DoReFa uint1", "DoReFa int16", "BNN"],
+    ids=["QAT", "LSQ", "LSQ+", "DoReFa", "DoReFa int1", "DoReFa uint1", "BNN"],
 )
 def test_quantizers_that_train(make):
     assert of_net(make()) == 0
@@ -94,41 +92,58 @@ def test_quantizers_that_calibrate(make):
     assert of_net(quantizer) == 0
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["int2", "int3", "int5", "int8", "int12", "int16", "int24", "int32", "uint4", "uint8", "uint16", "uint32",
-     "fp8_e4m3", "fp8_e5m2"],
-)  # fmt: skip
-def test_types_of_weights(kind):
-    assert of_net(ptq(Net(), entries(kind), batches())) == 0
+def chain(width=8, depth=14):
+    """Many layers for many settings: to export a model takes longer than to run it."""
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
 
 
-@pytest.mark.parametrize(
-    ("kind", "scheme"),
-    [("int8", "symmetric"), ("int8", "affine"), ("uint8", "symmetric"), ("int4", "affine"), ("uint2", "affine"),
-     ("int16", "symmetric"), ("fp8_e4m3", "symmetric"), ("fp8_e5m2", "symmetric")],
-)  # fmt: skip
-def test_types_of_inputs(kind, scheme):
-    assert of_net(ptq(Net(), entries("int8", kind, scheme), batches())) == 0
+def settings_of(layers, target, **common):
+    """A config list of one setting a layer."""
+    return [{"op_names": [str(index)], "target_names": [target], **common, **own} for index, own in enumerate(layers)]
 
 
-@pytest.mark.parametrize("granularity", ["default", "out_channel", "in_channel", [1, 1], [4, -1], [2, 1]])
+WEIGHT_TYPES = [
+    "int2", "int3", "int5", "int8", "int12", "int16", "int24", "int32", "uint4", "uint8", "uint16", "uint32",
+    "fp8_e4m3", "fp8_e5m2",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("scheme", ["symmetric", "affine"])
-def test_granularities_of_linear_weights(granularity, scheme):
-    weights = {"op_types": ["Linear"], "target_names": ["weight"], "quant_dtype": "int4", "quant_scheme": scheme}
-    quantizer = ptq(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)), [
-        {**weights, "granularity": granularity}
-    ], torch.randn(8, 6))  # fmt: skip
-    assert departure(quantizer, torch.randn(2, 6), torch.randn(5, 6)) == 0
+def test_types_of_weights(scheme):
+    kinds = [kind for kind in WEIGHT_TYPES if scheme == "symmetric" or "fp8" not in kind]
+    config_list = settings_of([{"quant_dtype": kind} for kind in kinds], "weight", quant_scheme=scheme)
+    quantizer = ptq(chain(depth=len(kinds)), config_list, torch.randn(8, 8))
+    assert departure(quantizer, torch.randn(2, 8), torch.randn(5, 8)) == 0
+    assert {own.kind for own in program_of(quantizer, torch.randn(2, 8)).targets.values()} == set(kinds)
 
 
-@pytest.mark.parametrize("granularity", [[1, 3], [2, 3], [4, 9], [1, 1, 3, 3], [2, 1, 3, 1]])
-def test_blocks(granularity):
-    model = nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.Flatten(), nn.Linear(36, 8))
-    kind = "Linear" if len(granularity) == 2 else "Conv2d"
-    config = {"op_types": [kind], "target_names": ["weight"], "quant_dtype": "int4", "granularity": granularity}
-    quantizer = ptq(model, [config], torch.randn(4, 2, 5, 5))
-    assert departure(quantizer, torch.randn(2, 2, 5, 5), torch.randn(3, 2, 5, 5)) == 0
+INPUT_TYPES = [
+    ("int8", "symmetric"), ("int8", "affine"), ("uint8", "symmetric"), ("uint8", "affine"), ("int4", "affine"),
+    ("uint2", "affine"), ("int16", "symmetric"), ("fp8_e4m3", "symmetric"), ("fp8_e5m2", "symmetric"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["_input_", "_output_"])
+def test_types_of_inputs_and_outputs(target):
+    layers = [{"quant_dtype": kind, "quant_scheme": scheme} for kind, scheme in INPUT_TYPES]
+    quantizer = ptq(chain(depth=len(layers)), settings_of(layers, target), torch.randn(8, 8))
+    assert departure(quantizer, torch.randn(2, 8), 1.5 * torch.randn(5, 8)) == 0
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
+def test_granularities_of_weights(scheme):
+    granularities = ["default", "out_channel", "in_channel", [1, 1], [4, -1], [2, 1], [3, 3], [1, 3], [4, 12], [12, 1]]
+    layers = [{"granularity": own} for own in granularities]
+    config_list = settings_of(layers, "weight", quant_dtype="int4", quant_scheme=scheme)
+    quantizer = ptq(chain(12, len(layers)), config_list, torch.randn(8, 12))
+    assert departure(quantizer, torch.randn(2, 12), torch.randn(5, 12)) == 0
+
+
+def test_blocks_of_kernels():
+    layers = [{"granularity": own} for own in ([1, 1, 3, 3], [2, 1, 3, 1], [1, 4, 1, 1], [2, 2, 3, 3], "in_channel")]
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in layers))
+    quantizer = ptq(model, settings_of(layers, "weight", quant_dtype="int4"), torch.randn(4, 4, 5, 5))
+    assert departure(quantizer, torch.randn(2, 4, 5, 5), torch.randn(3, 4, 5, 5)) == 0
 
 
 def test_groups_of_128():
@@ -140,36 +155,31 @@ def test_groups_of_128():
     assert departure(quantizer, torch.randn(2, 256), torch.randn(5, 256)) == 0
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
+def test_inputs_with_many_scales():
+    layers = [
         {"granularity": "per_channel"},
         {"granularity": [-1, 4]},
+        {"granularity": [-1, 4], "quant_dtype": "uint8", "quant_scheme": "affine"},
         {"dynamic": True},
         {"dynamic": True, "granularity": [-1]},
         {"dynamic": True, "quant_dtype": "uint8", "quant_scheme": "affine"},
         {"dynamic": True, "quant_dtype": "fp8_e4m3"},
-    ],
-    ids=str,
-)
-def test_inputs_with_many_scales(settings):
-    config = {"op_types": ["Linear"], "target_names": ["_input_"], "quant_dtype": "int8", **settings}
-    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
-    weights = {"op_types": ["Linear"], "target_names": ["weight"], "quant_dtype": "int8"}
-    quantizer = ptq(model, [weights, config], torch.randn(6, 8))
+    ]
+    config_list = [{"quant_dtype": "int8", **own} for own in layers]
+    quantizer = ptq(chain(depth=len(layers)), settings_of(config_list, "_input_"), torch.randn(6, 8))
     assert departure(quantizer, torch.randn(2, 8), torch.randn(5, 8)) == 0
 
 
 def test_biases():
-    biases = {"op_types": ["Conv2d", "Linear"], "target_names": ["bias"]}
-    for kind in ("int8", "int32"):
-        assert of_net(ptq(Net(), [*entries(), {**biases, "quant_dtype": kind}], batches())) == 0
+    biases = {"op_types": ["Conv2d", "Linear"], "target_names": ["bias"], "quant_dtype": "int8"}
+    wide = {"op_names": ["head"], "target_names": ["bias"], "quant_dtype": "int32"}
+    assert of_net(ptq(Net(), [*entries(), biases, wide], batches())) == 0
 
 
 def fused(kind="int8"):
     config_list = [{**entry, "fuse_names": GROUPS} for entry in entries(kind)]
     outputs = {"op_names": ["conv", "conv2", "fc"], "target_names": ["_output_"], "quant_dtype": "uint8"}
-    biases = {"op_names": ["conv"], "target_names": ["bias"], "quant_dtype": "int8", "fuse_names": GROUPS}
+    biases = {"op_names": ["conv"], "target_names": ["bias"], "quant_dtype": "int8", "fuse_names": GROUPS[:1]}
     return [*config_list, {**outputs, "quant_scheme": "affine", "fuse_names": GROUPS}, biases]
 
 
@@ -306,6 +316,7 @@ class Attention(nn.Module):
         return self.norm(self.attend(x, x, x, need_weights=False)[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*nothing that could be rounded passed")
 def test_attention_and_norms():
     config_list = [
         {"op_types": ["MultiheadAttention"], "target_names": ["in_proj_weight", "_input_0"], "quant_dtype": "int8"},
@@ -364,7 +375,14 @@ def test_models_in_other_precisions():
     assert departure(ptq(model, LAYERS, x), x, torch.randn(5, 4).bfloat16()) == 0
     # A program computes with float32 between stored numbers, the simulation with float64 there.
     x = torch.randn(3, 4).double()
-    assert departure(ptq(model.double(), LAYERS, x), x, torch.randn(5, 4).double()) < 1e-6
+    assert (
+        departure(
+            ptq(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).double(), LAYERS, x),
+            x,
+            torch.randn(5, 4).double(),
+        )
+        < 1e-6
+    )
 
 
 class Branches(nn.Module):
