@@ -50,7 +50,7 @@ def engine_config(
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
     >>> net, config_list = engine_config(net, torch.zeros(1, 1, 4, 4), "onnxruntime")
     >>> [(entry["op_names"], entry["target_names"]) for entry in config_list]
-    [(['0', '4'], ['weight']), (['0'], ['_input_0']), (['2'], ['_output_0']), (['4'], ['_input_0'])]
+    [(['0', '4'], ['weight']), (['0'], ['_input_0']), (['4'], ['_input_0'])]
     """
     wishes = engine_of(engine).wishes
     model = copy.deepcopy(model).eval()
@@ -140,9 +140,33 @@ class _Config:
 
     def _add_output(self, node: fx.Node) -> None:
         """The output, behind an activation that is nothing but a limit."""
+        if self._is_rounded_by_its_reader(node):
+            return
         users = list(node.users)
         behind = users[0] if len(users) == 1 and isinstance(self._module(users[0]), RANGED) else node
         self._add(str(behind.target), "_output_0", behind)
+
+    def _is_rounded_by_its_reader(self, node: fx.Node) -> bool:
+        """Whether an output has one reader that rounds it, or some behind a maximum.
+
+        An emitter puts that rounding right behind the output, where it changes nothing; a second one, whose scale a
+        quantizer may learn by itself, would be in the way.
+        """
+        readers: set[fx.Node] = set()
+        moved, found = False, [node]
+        while found:
+            for user in found.pop().users:
+                module = self._module(user)
+                if isinstance(module, (*MOVING, *RANGED)):
+                    moved = moved or isinstance(module, MOVING)
+                    found.append(user)
+                elif isinstance(module, (_ConvNd, nn.Linear)) or (
+                    isinstance(module, Add) and self.wishes.sums and self._joins_branches(user)
+                ):
+                    readers.add(user)
+                else:
+                    return False
+        return len(readers) == 1 or (moved and len(readers) > 1)
 
     def _joins_branches(self, node: fx.Node) -> bool:
         """Whether a sum adds what convolutions made, and not a constant or tokens."""
