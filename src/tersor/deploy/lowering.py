@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -12,13 +13,16 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn.utils import parametrize
 
 from tersor.analysis.batches import batch_size_of, with_batch_size
 from tersor.config.values import is_activation
 from tersor.deploy.operators import choose, dequantize, quantize
 from tersor.deploy.stored import Stored
-from tersor.errors import TraceError, UnmatchedError, WrapError, nearest
-from tersor.graph.inputs import as_call, evaluating, map_tensors, named_tensors
+from tersor.deploy.structure import plain_nesting
+from tersor.deploy.weights import burnt_into_heads, compute_parametrized, store_parameters
+from tersor.errors import CheckpointError, TersorError, TraceError, UnmatchedError, WrapError, nearest
+from tersor.graph.inputs import as_call, evaluating, named_tensors
 from tersor.quantization.base import CalibrationConfig
 from tersor.quantization.module_fusion import fuse_modules
 from tersor.wrapping import Mask, ModelWrappers, Stage, Transform, is_wrapped
@@ -77,7 +81,8 @@ def lower(
     Raises:
         WrapError: a compressor has wrapped the model.
         UnmatchedError: the calibration names a module or a tensor that the model does not have.
-        CheckpointError: the calibration does not fit the model.
+        CheckpointError: the calibration does not fit the model, or does not say which numbers its latent weights are.
+        ConflictError: a norm is to be folded that cannot be, as simulated, because of hooks or a mask in between.
         TraceError: ``torch.export`` rejects the model.
     """
     if is_wrapped(model):
@@ -85,11 +90,15 @@ def lower(
     model = copy.deepcopy(model).eval().requires_grad_(False)
     calibration = dict(calibration or {})
     groups = fused_names(calibration)
-    _check_modules(model, calibration)
+    _check_modules(model, calibration, groups)
+    compute_parametrized(model, calibration)
     # Where the norms are folded for good already, an Identity stands in their place.
-    fuse_modules(model, [names for names in groups.values() if not _is_folded(model, names)])
+    to_fold = [names for names in groups.values() if not _is_folded(model, names)]
+    masks = burnt_into_heads(model, masks or {}, to_fold)
+    fuse_modules(model, to_fold)
     _check_parameters(model, calibration)
-    stored, fallbacks = _store_parameters(model, calibration)
+    stored, refused = store_parameters(model, calibration)
+    _give_plain_outputs(model)
     wrappers = ModelWrappers(model)
     for module, targets in calibration.items():
         for target, said in targets.items():
@@ -98,8 +107,8 @@ def lower(
             name = f"{module}.{target}" if module else target
             behind = groups[module][-1] if target.startswith("_output_") and module in groups else module
             stored[name] = Stored.of(said, name)
-            wrappers[behind].stack(target).add(Rounded(stored[name]))
-    for module, own in (masks or {}).items():
+            wrappers[behind].stack(target).add(Rounded(name, stored[name]))
+    for module, own in masks.items():
         for target, mask in own.items():
             wrappers[module].stack(target).add(mask)
     modules = {
@@ -107,7 +116,12 @@ def lower(
         for module, targets in calibration.items()
         if any(not is_activation(target) for target in targets)
     }
-    return Program(export(model, example_inputs, dynamic_batch=dynamic_batch), stored, modules, tuple(fallbacks))
+    return Program(
+        export(model, example_inputs, dynamic_batch=dynamic_batch),
+        stored,
+        modules,
+        tuple(Fallback(*own) for own in refused),
+    )
 
 
 def export(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> ExportedProgram:
@@ -121,7 +135,7 @@ def export(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
     if dynamic_batch:
         named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
         batch = batch_size_of(example_inputs)
-        shapes = map_tensors(dict(named), lambda tensor: _free_batch(tensor, batch))
+        shapes = {name: _free_batch(value, batch) for name, value in named.items()}
         # torch.export would take a batch of 1 for a constant.
         args, kwargs = with_batch_size(example_inputs, max(batch, 2))
     with evaluating(model), torch.no_grad(), warnings.catch_warnings():
@@ -129,12 +143,44 @@ def export(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
         try:
             # The empty table takes nothing apart; what is written in place becomes a value of its own.
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes).run_decompositions({})
+        except TersorError:
+            raise  # by a hook of ours, and it says what is wrong
         except Exception as error:
+            remedy = "Change what torch.export rejects, or deploy a part of the model."
+            if dynamic_batch:
+                remedy += " Where dimension 0 of its inputs is no batch, or is fixed, set dynamic_batch=False."
             raise TraceError(
-                f"torch.export cannot follow it: {str(error).strip().splitlines()[0] if str(error) else error!r}",
-                where=type(model).__name__,
-                remedy="Change what torch.export rejects, or deploy a part of the model.",
+                f"torch.export cannot follow it: {_first_lines(error)}", where=type(model).__name__, remedy=remedy
             ) from error
+
+
+def _free_batch(value: Any, batch: int) -> Any:
+    """Which dimensions of an argument are free, nested as it is."""
+    if isinstance(value, Tensor):
+        return {0: torch.export.Dim.DYNAMIC} if value.dim() and value.shape[0] == batch else {}
+    if isinstance(value, Mapping):
+        return {key: _free_batch(own, batch) for key, own in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_free_batch(own, batch) for own in value)
+    return None
+
+
+def _first_lines(error: Exception) -> str:
+    """What an error says first, and the first reason that it lists."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    reason = next((line.lstrip("- ") for line in lines[1:] if line.startswith("- ")), "")
+    return f"{lines[0]} {reason}".strip()
+
+
+def _give_plain_outputs(model: nn.Module) -> None:
+    """Let a model of ours give its outputs in tuples, lists and dicts, of which alone torch.export knows."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return plain_nesting(forward(*args, **kwargs))
+
+    model.forward = plain
 
 
 def fused_names(calibration: CalibrationConfig) -> dict[str, tuple[str, ...]]:
@@ -149,100 +195,72 @@ def fused_names(calibration: CalibrationConfig) -> dict[str, tuple[str, ...]]:
 
 @final
 class Rounded(Transform):
-    """An input or output on its grid, in the operators of a program."""
+    """An input or output on its grid, in the operators of a program.
+
+    Args:
+        name: of the target.
+        stored: what it is stored as.
+    """
 
     stage: ClassVar[Stage] = Stage.QUANTIZE
 
-    def __init__(self, stored: Stored) -> None:
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, name: str, stored: Stored) -> None:
         super().__init__()
-        self.stored = stored
+        self.name, self.stored = name, stored
+        self.watching = stored.scale is None
+        self._found: tuple[Tensor, Tensor] | None = None
         self.register_buffer("scale", stored.scale)
         self.register_buffer("zero_point", stored.zero_point)
+
+    def watch(self, value: Tensor) -> None:
+        """Find scale and zero point of what passes, where they are dynamic; masked elements count as zeros."""
+        if not value.is_floating_point() or not value.numel():
+            return
+        stored, (axis, block) = self.stored, self._place(value)
+        self._found = choose(value, stored.kind, stored.scheme, stored.low, stored.high, axis, block)
 
     def forward(self, value: Tensor) -> Tensor:
         """Quantized and back, in the value's type."""
         if not value.is_floating_point() or not value.numel():
             return value
-        stored, axis, block = self.stored, self.stored.axis, self.stored.block
-        if stored.scale is None:
-            if axis is not None:
-                axis, block = value.dim() - 1, value.shape[-1]
-            scale, zero_point = choose(value, stored.kind, stored.scheme, stored.low, stored.high, axis, block)
-        else:
-            scale, zero_point = self.scale, self.zero_point
+        stored, (axis, block) = self.stored, self._place(value)
+        scale, zero_point = self._found or self._each(value.shape[axis] if axis is not None else 1)
+        self._found = None
         q = quantize(value, scale, zero_point, stored.kind, stored.low, stored.high, axis, block)
         values = dequantize(q, scale, zero_point, stored.kind, axis, block)
         return values if value.dtype is torch.float32 else values.to(value.dtype)
 
+    def _place(self, value: Tensor) -> tuple[int | None, int | None]:
+        """Along which dimension scales differ, and how many indices of it share one; a token is a whole row."""
+        if self.stored.scale is None and self.stored.axis is not None:
+            return value.dim() - 1, value.shape[-1]
+        return self.stored.axis, self.stored.block
 
-@final
-class StoredNumbers(nn.Module):
-    """A parameter that is stored as numbers.
-
-    Args:
-        numbers: in the type that holds them.
-        stored: what they mean.
-        dtype: of the parameter.
-    """
-
-    def __init__(self, numbers: Tensor, stored: Stored, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.stored, self.dtype = stored, dtype
-        self.register_buffer("numbers", numbers)
-        self.register_buffer("scale", stored.scale)
-        self.register_buffer("zero_point", stored.zero_point)
-
-    def forward(self) -> Tensor:
-        """The real values."""
-        stored = self.stored
-        values = dequantize(self.numbers, self.scale, self.zero_point, stored.kind, stored.axis, stored.block)
-        return values if self.dtype is torch.float32 else values.to(self.dtype)
-
-
-def _store_parameters(model: nn.Module, calibration: CalibrationConfig) -> tuple[dict[str, Stored], list[Fallback]]:
-    """Put stored numbers in the place of all quantized parameters, under all names of those that are tied."""
-    stored: dict[str, Stored] = {}
-    fallbacks: list[Fallback] = []
-    places: dict[int, list[str]] = {}
-    for name, tensor in named_tensors(model).items():
-        places.setdefault(id(tensor), []).append(name)
-    tensors = named_tensors(model)
-    for module, targets in calibration.items():
-        for target, said in targets.items():
-            if is_activation(target):
-                continue
-            name = f"{module}.{target}" if module else target
-            values = tensors[name]
-            if isinstance(model.get_submodule(module), nn.RNNBase):
-                fallbacks.append(Fallback(name, "recurrent layers run in floating point, on the rounded values"))
-                continue
-            stored[name] = Stored.of(said, name, values.shape)
-            numbers = stored[name].numbers(values.detach())
-            for place in places[id(values)]:
-                owner, _, own = place.rpartition(".")
-                _put(model.get_submodule(owner), own, StoredNumbers(numbers, stored[name], values.dtype))
-    return stored, fallbacks
-
-
-def _put(module: nn.Module, name: str, numbers: StoredNumbers) -> None:
-    """Let a module compute a parameter from stored numbers wherever it reads it.
-
-    torch's parametrizations do the same by a property, and refuse an original of another type.
-    """
-    delattr(module, name)
-    held = f"{name}_numbers"
-    module.add_module(held, numbers)
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {name: property(lambda self: getattr(self, held)())})
+    def _each(self, size: int) -> tuple[Tensor, Tensor]:
+        """Scales and zero points for each index of the dimension along which they differ: blocks have one each."""
+        count = self.scale.numel()
+        if self.stored.axis is None or count == size:
+            return self.scale, self.zero_point
+        if size % count:
+            raise CheckpointError(
+                f"there are {count} scales, and {size} channels pass",
+                where=self.name,
+                remedy="Give the calibration of this model, and of its present shape.",
+            )
+        repeats = size // count
+        return self.scale.repeat_interleave(repeats), self.zero_point.repeat_interleave(repeats)
 
 
 def _is_folded(model: nn.Module, names: tuple[str, ...]) -> bool:
     return any(isinstance(model.get_submodule(name), nn.Identity) for name in names)
 
 
-def _check_modules(model: nn.Module, calibration: CalibrationConfig) -> None:
+def _check_modules(model: nn.Module, calibration: CalibrationConfig, groups: Mapping[str, tuple[str, ...]]) -> None:
     modules = dict(model.named_modules())
-    for module in calibration:
+    for module in [*calibration, *(name for names in groups.values() for name in names)]:
         if module not in modules:
             raise UnmatchedError(
                 "the model has no such module", where=f"calibration[{module!r}]", remedy=nearest(module, modules)
@@ -254,12 +272,8 @@ def _check_parameters(model: nn.Module, calibration: CalibrationConfig) -> None:
     for module, targets in calibration.items():
         for target in targets:
             name = f"{module}.{target}" if module else target
-            if not is_activation(target) and name not in tensors:
+            held = name in tensors or parametrize.is_parametrized(model.get_submodule(module), target)
+            if not is_activation(target) and not held:
                 raise UnmatchedError(
                     "the model has no such parameter", where=f"calibration[{module!r}]", remedy=nearest(name, tensors)
                 )
-
-
-def _free_batch(tensor: Tensor, batch: int) -> dict[int, Any]:
-    free = tensor.dim() > 0 and tensor.shape[0] == batch
-    return {0: torch.export.Dim.DYNAMIC} if free else {}

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from tersor.config.dtypes import FloatDtype, QuantDtype, parse_dtype
 
+COUNTED = 16
+"""Up to so many bits float32 counts exactly enough; beyond, operators compute in float64, as the simulation does."""
+
 
 def storage_type(dtype: QuantDtype) -> torch.dtype:
     """The least type of torch that holds a type.
@@ -33,7 +36,8 @@ def storage_type(dtype: QuantDtype) -> torch.dtype:
         return dtype.torch_dtype
     if dtype.bits <= 8:
         return torch.int8 if dtype.signed else torch.uint8
-    return torch.int16 if dtype.bits < 16 or (dtype.bits == 16 and dtype.signed) else torch.int32
+    needed = dtype.bits + (not dtype.signed)  # torch computes little with wider unsigned types
+    return torch.int16 if needed <= 16 else torch.int32 if needed <= 32 else torch.int64
 
 
 def spread(values: Tensor, like: Tensor, axis: int | None, block: int | None) -> Tensor:
@@ -60,9 +64,15 @@ def quantize(
     axis: int | None = None,
     block: int | None = None,
 ) -> Tensor:
-    """The stored numbers: ``clip(round(x / scale) + zero_point, low, high)``, halves to even."""
+    """The stored numbers: ``clip(round(x / scale) + zero_point, low, high)``, halves to even.
+
+    ``int1`` has no zero: its numbers are signs, that of zero 1.
+    """
     dtype = parse_dtype(kind)
-    q = x.float() * (1 / spread(scale, x, axis, block))
+    if kind == "int1":
+        return torch.where(x < 0, -1, 1).to(torch.int8)
+    wide = x.dtype is torch.float64 or dtype.bits > COUNTED
+    q = (x.double() if wide else x.float()) * (1 / spread(scale.double() if wide else scale, x, axis, block))
     if isinstance(dtype, FloatDtype):
         return q.clamp(low, high).to(dtype.torch_dtype)
     return (q.round() + spread(zero_point, x, axis, block)).clamp(low, high).to(storage_type(dtype))
@@ -78,7 +88,8 @@ def dequantize(
     q: Tensor, scale: Tensor, zero_point: Tensor, kind: str, axis: int | None = None, block: int | None = None
 ) -> Tensor:
     """The real values, float32: ``(q - zero_point) * scale``."""
-    return (q.float() - spread(zero_point.float(), q, axis, block)) * spread(scale, q, axis, block)
+    wide = torch.float64 if parse_dtype(kind).bits > COUNTED else torch.float32
+    return ((q.to(wide) - spread(zero_point.to(wide), q, axis, block)) * spread(scale, q, axis, block)).float()
 
 
 @dequantize.register_fake

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tersor.compressor import Compressor
 from tersor.config.values import is_activation
@@ -53,23 +54,44 @@ def plain_copy(compressor: Compressor) -> Plain:
             where="compressor",
             remedy="Call its wrap_model() first, or give the model and its calibration.",
         )
-    values: dict[str, Tensor] = {}
+    _check_scales(compressor)
+    # A copy of everything, so that nothing of the model's own is taken out and put back in the midst of training.
+    plain, wrappers = copy.deepcopy((model, wrappers))
+    values: dict[tuple[str, str], Tensor] = {}
     activation_masks: dict[str, dict[str, Mask]] = {}
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(plain):
         for name, wrapper in wrappers.by_module.items():
             for target, stack in wrapper.stacks.items():
                 if not is_activation(target):
-                    values[f"{name}.{target}" if name else target] = getattr(wrapper.module, target).detach().clone()
+                    values[name, target] = getattr(wrapper.module, target).detach().clone()
                 elif isinstance(mask := stack.find(Stage.MASK), Mask) and mask.factors:
-                    activation_masks.setdefault(name, {})[target] = copy.deepcopy(mask)
-    masks = wrappers.masks()
-    with wrappers.detached():
-        plain = copy.deepcopy(model).eval()
-    for name, value in values.items():
-        owner, _, own = name.rpartition(".")
-        getattr(plain.get_submodule(owner), own).data.copy_(value)
+                    activation_masks.setdefault(name, {})[target] = mask
+        masks = wrappers.masks()
+        wrappers.detach()
+        for (name, target), value in values.items():
+            owner = plain.get_submodule(name)
+            if parametrize.is_parametrized(owner, target):  # by the user, and it is in the value
+                parametrize.remove_parametrizations(owner, target, leave_parametrized=True)
+            getattr(owner, target).data.copy_(value)
     parameters = {
         module: {target: mask for target, mask in own.items() if not is_activation(target)}
         for module, own in masks.items()
     }
-    return Plain(plain, calibration, {module: own for module, own in parameters.items() if own}, activation_masks)
+    kept = {module: own for module, own in parameters.items() if own}
+    return Plain(plain.eval(), calibration, kept, activation_masks)
+
+
+def _check_scales(compressor: Compressor) -> None:
+    """Refuse what is not quantized yet.
+
+    Raises:
+        InvalidValueError: naming the first target.
+    """
+    for quantizer in compressor.chain:
+        for target, transform in quantizer.transforms() if isinstance(quantizer, Quantizer) else ():
+            if not getattr(transform, "enabled", True):
+                raise InvalidValueError(
+                    "has no scales yet, and passes as it is",
+                    where=target.name,
+                    remedy=f"Finish {type(quantizer).__name__}.compress(), or its training, first.",
+                )

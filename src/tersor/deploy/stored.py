@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tersor.config import Granularity
 from tersor.config.dtypes import IntDtype, QuantDtype, parse_dtype
-from tersor.deploy.operators import quantize, storage_type
+from tersor.deploy.operators import dequantize, quantize, storage_type
 from tersor.errors import CheckpointError
 from tersor.quantization.format import Format
 
@@ -60,12 +60,14 @@ class Stored:
                 return cls(dtype, scheme, low, high, None, None, axis, block)
             scale = torch.as_tensor(calibration["scale"]).detach().cpu().float()
             zero_point = torch.as_tensor(calibration["zero_point"]).detach().cpu().double()
+            _check(scale, zero_point, low, high, where)
         except KeyError as error:
             raise CheckpointError(
                 f"there is no {error.args[0]!r} in its calibration",
                 where=where,
                 remedy="Give what get_calibration_config() or load_calibration() returned.",
             ) from None
+        scale = torch.where(scale == 0, 1, scale)  # what DoReFa measured is all masked: zeros on any grid
         if bool((zero_point != zero_point.round()).any()):  # DoReFa: levels lie half a step beside zero
             scale, zero_point, low, high = scale / 2, 2 * zero_point, 2 * low, 2 * high
             dtype, zero_point, low, high = _centred(zero_point, low, high)
@@ -81,7 +83,18 @@ class Stored:
         """The stored numbers of a parameter's values."""
         assert self.scale is not None
         assert self.zero_point is not None
+        if self.kind == "int1":  # of values that are signs by now, or zero where they are masked
+            held = IntDtype(2)
+            return quantize(
+                values, self.scale, self.zero_point, held.as_config(), self.low, self.high, self.axis, self.block
+            )
         return quantize(values, self.scale, self.zero_point, self.kind, self.low, self.high, self.axis, self.block)
+
+    def values(self, numbers: Tensor) -> Tensor:
+        """The real values of a parameter's stored numbers, float32."""
+        assert self.scale is not None
+        assert self.zero_point is not None
+        return dequantize(numbers, self.scale, self.zero_point, self.kind, self.axis, self.block)
 
     def form(self) -> Format:
         """Type, scheme and range."""
@@ -92,6 +105,23 @@ class Stored:
         assert self.zero_point is not None
         zero_point = (self.zero_point.int() + by).to(storage_type(dtype))
         return replace(self, dtype=dtype, low=self.low + by, high=self.high + by, zero_point=zero_point)
+
+
+def _check(scale: Tensor, zero_point: Tensor, low: float, high: float, where: str) -> None:
+    """Refuse what no grid has.
+
+    Raises:
+        CheckpointError: shapes that differ, scales below 0 or not finite, zero points that cannot be stored.
+    """
+    if scale.shape != zero_point.shape:
+        shapes = tuple(scale.shape), tuple(zero_point.shape)
+        raise CheckpointError(f"scales of shape {shapes[0]} and zero points of shape {shapes[1]}", where=where)
+    if not bool((scale.isfinite() & (scale >= 0)).all() and zero_point.isfinite().all()):
+        raise CheckpointError("a scale is negative, or not finite, in its calibration", where=where)
+    if bool(((zero_point < low) | (zero_point > high)).any()):
+        raise CheckpointError(
+            "a zero point in its calibration cannot be stored", where=where, legal=[f"{low:g} to {high:g}"]
+        )
 
 
 def _centred(zero_point: Tensor, low: float, high: float) -> tuple[QuantDtype, Tensor, float, float]:
@@ -110,20 +140,26 @@ def _along_one_axis(
     varying = [dim for dim, size in enumerate(scale.shape) if size > 1]
     if shape is None and len(varying) == 1:
         return varying[0], None, scale.flatten(), zero_point.flatten()
-    if shape is None or len(shape) != scale.dim():
+    if shape is None:
         raise CheckpointError(
-            f"scales of shape {tuple(scale.shape)} cannot be told to belong to a value of shape {shape}", where=where
+            f"scales of shape {tuple(scale.shape)}, along several dimensions of an input or output, cannot be deployed",
+            where=where,
+            remedy="Quantize it with one scale, or with one for each channel.",
         )
-    blocks = [-(-size // count) for size, count in zip(shape, scale.shape, strict=True)]
+    if len(shape) != scale.dim() or any(size % count for size, count in zip(shape, scale.shape, strict=True)):
+        raise CheckpointError(
+            f"scales of shape {tuple(scale.shape)} do not fit a value of shape {tuple(shape)}",
+            where=where,
+            remedy="Give the calibration of this model, and of its present shape.",
+        )
+    blocks = [size // count for size, count in zip(shape, scale.shape, strict=True)]
     if len(varying) == 1 and blocks[varying[0]] == 1:
         return varying[0], None, scale.flatten(), zero_point.flatten()
     # The longest block stays one; all other dimensions get a scale for each index.
     axis = max(range(len(blocks)), key=lambda dim: blocks[dim])
     for dim, block in enumerate(blocks):
         if dim != axis and block > 1:
-            scale, zero_point = (
-                each.repeat_interleave(block, dim).narrow(dim, 0, shape[dim]) for each in (scale, zero_point)
-            )
+            scale, zero_point = (each.repeat_interleave(block, dim) for each in (scale, zero_point))
     return axis, blocks[axis], scale.contiguous(), zero_point.contiguous()
 
 

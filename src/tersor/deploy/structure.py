@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,10 +54,14 @@ class Signature:
     Attributes:
         inputs: the tensors, in order.
         output: nested lists and dicts that say how outputs are nested: see :func:`describe`.
+        constants: the arguments that hold no tensor, by name: what they were is part of what was compiled.
+        arguments: the names of all arguments, in order.
     """
 
     inputs: tuple[Input, ...]
     output: Any
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any, output: Any, *, dynamic_batch: bool) -> Signature:
@@ -72,11 +76,16 @@ class Signature:
         args, kwargs = as_call(example_inputs)
         batch = batch_size_of(example_inputs) if dynamic_batch else None
         inputs: list[Input] = []
-        for name, value in inspect.signature(model.forward).bind(*args, **kwargs).arguments.items():
-            for tensor in tensors_of(value):
+        constants: dict[str, Any] = {}
+        named = arguments_of(model, args, kwargs)
+        for name, value in named.items():
+            tensors = tensors_of(value)
+            for tensor in tensors:
                 shape = tuple(None if dim == 0 and size == batch else size for dim, size in enumerate(tensor.shape))
                 inputs.append(Input(name, str(tensor.dtype).removeprefix("torch."), shape))
-        return cls(tuple(inputs), describe(output))
+            if not tensors:
+                constants[name] = value if isinstance(value, (int, float, str, bool, type(None))) else repr(value)
+        return cls(tuple(inputs), describe(output), constants, tuple(named))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -86,7 +95,7 @@ class Signature:
     def from_dict(cls, content: Mapping[str, Any]) -> Signature:
         """From what :meth:`to_dict` gave."""
         inputs = tuple(Input(own["name"], own["dtype"], tuple(own["shape"])) for own in content["inputs"])
-        return cls(inputs, content["output"])
+        return cls(inputs, content["output"], dict(content["constants"]), tuple(content["arguments"]))
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a call, checked.
@@ -94,13 +103,23 @@ class Signature:
         Raises:
             InvalidValueError: naming the input that is missing, too many or does not fit.
         """
-        names = list(dict.fromkeys(own.name for own in self.inputs))
+        needed = list(dict.fromkeys(own.name for own in self.inputs))
+        names = list(self.arguments or needed)
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
-        if len(args) > len(names) or set(given) - set(names) or len(given) != len(names):
+        twice = set(names[: len(args)]) & set(kwargs)
+        if len(args) > len(names) or twice or set(given) - set(names) or set(needed) - set(given):
             raise InvalidValueError(
                 f"called with {len(args)} positional arguments and {sorted(kwargs)}", where="inputs", legal=names
             )
-        tensors: list[Any] = [tensor for name in names for tensor in (tensors_of(given[name]) or [given[name]])]
+        for name, constant in self.constants.items():
+            own = given.get(name, constant)
+            if isinstance(own, Tensor) or (own != constant and repr(own) != constant):
+                raise InvalidValueError(
+                    f"{'a tensor' if isinstance(own, Tensor) else repr(own)} is not what it was compiled for",
+                    where=name,
+                    legal=[repr(constant)],
+                )
+        tensors: list[Any] = [tensor for name in needed for tensor in (tensors_of(given[name]) or [given[name]])]
         if len(tensors) != len(self.inputs):
             raise InvalidValueError(f"{len(tensors)} tensors in place of {len(self.inputs)}", where="inputs")
         for own, tensor in zip(self.inputs, tensors, strict=True):
@@ -117,6 +136,45 @@ class Signature:
         return _rebuilt(self.output, iter(tensors))
 
 
+def arguments_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, in the order of ``forward``; those that ``*xs`` takes are ``xs_0``, ``xs_1``."""
+    signature = inspect.signature(model.forward)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            named.update({f"{name}_{index}": own for index, own in enumerate(value)})
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    return named
+
+
+def plain_nesting(value: Any) -> Any:
+    """Nested outputs without classes of the user's own: objects with attributes become dicts of these.
+
+    What :func:`tersor.graph.inputs.tensors_of` finds there keeps its order; what it leaves out, as the cache of keys
+    and values of a language model, becomes None.
+
+    >>> plain_nesting({"logits": torch.zeros(1), "cache": type("Cache", (), {"get_seq_length": int})()})
+    {'logits': tensor([0.]), 'cache': None}
+    """
+    if isinstance(value, Tensor) or hasattr(value, "get_seq_length"):
+        return value if isinstance(value, Tensor) else None
+    if isinstance(value, Mapping):
+        return {key: plain_nesting(own) for key, own in value.items()}
+    if isinstance(value, (tuple, list)):
+        parts = [plain_nesting(own) for own in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    if isinstance(value, (int, float, str, bool)):
+        return value
+    if not tensors_of(value):
+        return None
+    held = {own.name: getattr(value, own.name) for own in fields(value)} if is_dataclass(value) else vars(value)
+    return {key: plain_nesting(own) for key, own in held.items()}
+
+
 def describe(value: Any) -> Any:
     """The nesting of a value, for JSON: ``"tensor"``, ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"dict": {...}}``.
 
@@ -124,6 +182,7 @@ def describe(value: Any) -> Any:
     >>> describe({"logits": torch.zeros(1), "states": (torch.zeros(1), None)})
     {'dict': {'logits': 'tensor', 'states': {'tuple': ['tensor', {'value': None}]}}}
     """
+    value = plain_nesting(value)
     if isinstance(value, Tensor):
         return "tensor"
     if isinstance(value, Mapping):

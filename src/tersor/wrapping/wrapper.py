@@ -152,7 +152,7 @@ class Wrapper:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        _separate_class(self.module)
+        separate_class(self.module)
         for target, stack in self._parameter_stacks():
             applied = _parametrizations(self.module, target)
             if applied == [stack]:
@@ -185,14 +185,14 @@ def _register(module: nn.Module, target: str, stack: TargetStack) -> None:
         registry[target] = (
             nn.Parameter(stand_in, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else stand_in
         )
-    _separate_class(module)
+    separate_class(module)
     parametrize.register_parametrization(module, target, stack, unsafe=True)
     if tensor is not None:
         own: Any = module.parametrizations[target]  # pyright: ignore
         (own._parameters if "original" in own._parameters else own._buffers)["original"] = tensor
 
 
-def _separate_class(module: nn.Module) -> None:
+def separate_class(module: nn.Module) -> None:
     """Give a parametrized module a class of its own.
 
     torch makes one for each, with a property for each tensor, but a deep copy shares that of its original: it would
