@@ -67,11 +67,11 @@ def audit(compiled: CompiledModel, program: Program) -> tuple[AuditLine, ...]:
     open_calls = [call for call in calls if call not in found]
     if len(open_calls) == len(left):
         found |= {call: [operator] for call, operator in zip(open_calls, left, strict=True)}
-    shared = {operator.precision for operator in left}
+    shared = _precision(left) if len({operator.precision for operator in left}) == 1 else None
     lines: list[AuditLine] = []
     for call in calls:
         operators = found.get(call, [])
-        precision = _precision(operators) or (shared.copy().pop() if len(shared) == 1 else None)
+        precision = _precision(operators) or shared
         times = [operator.milliseconds for operator in operators if operator.milliseconds is not None]
         lines.append(
             AuditLine(

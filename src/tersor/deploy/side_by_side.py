@@ -19,7 +19,7 @@ from tersor.analysis.latency import Latency, Ratio, measure, paired_ratio
 from tersor.analysis.memory import file_size
 from tersor.analysis.metrics import si
 from tersor.compressor import Compressor
-from tersor.deploy.agreement import agreement
+from tersor.deploy.agreement import agreement, decibels
 from tersor.deploy.compiled import CompiledModel
 from tersor.deploy.engines import engine_of
 from tersor.deploy.engines import engines as known_engines
@@ -120,7 +120,7 @@ class SideBySide:
     def _notes(self) -> Iterator[str]:
         for way in self.ways:
             base = self.base_of(way)
-            if base is None or way is base or (way.precision == "fp32" and way.model == base.model):
+            if base is None or way is base or way.precision == "bf16":
                 continue
             for batch in self.batch_sizes:
                 gain = self.gain(way, batch, base)
@@ -141,11 +141,11 @@ class SideBySide:
         table.add_column("")
         for way in self.ways:
             row = [way.name, "" if way.bytes is None else si(way.bytes, "B")]
-            row.append("" if way.snr is None or way is self.ways[0] else f"{way.snr:.0f} dB")
+            row.append(decibels(way.snr) if way is not self.ways[0] else "")
             for batch in self.batch_sizes:
                 row.append(si(way.latency[batch].median, "s") if way.latency else "")
-                row += [_times(self.gain(way, batch, over)) for over in (self.ways[0], self.base_of(way)) if over]
-                row += [""] * (self.base_of(way) is None)
+                over = (self.ways[0], self.base_of(way))
+                row += ["" if own is None or own is way else _times(self.gain(way, batch, own)) for own in over]
             table.add_row(*row, way.skipped)
         return table
 
@@ -283,6 +283,7 @@ class _Run:
 
     def deployed(self, model: nn.Module | Compressor, engine: str, **arguments: Any) -> CompiledModel:
         """An artefact."""
+        arguments = {"min_coverage": 0.0, **arguments}  # what runs in floating point is slow, which shows
         return QuantizationSpeedup(
             model, self.example_inputs, engine=engine, threads=self.threads, **arguments
         ).compile()
