@@ -14,7 +14,7 @@ import torch
 
 from tersor.analysis.latency import Latency, measure
 from tersor.deploy.engines import engine_of
-from tersor.deploy.record import FORMAT, RECORD, read_deployment, sha256
+from tersor.deploy.record import FORMAT, RECORD, is_deployment, read_deployment, sha256
 from tersor.deploy.record import DeployReport as DeployReport
 from tersor.deploy.structure import Signature
 from tersor.errors import InvalidValueError
@@ -66,10 +66,7 @@ class CompiledModel:
             InvalidValueError: there is a folder of something else.
         """
         directory = Path(directory)
-        if directory.exists() and any(directory.iterdir()) and not (directory / RECORD).exists():
-            raise InvalidValueError(
-                "is there and holds something else", where=str(directory), remedy="Name a new folder."
-            )
+        refuse_other_folder(directory)
         with replacing_folder(directory) as temporary:
             for file in sorted(self.folder.iterdir()):
                 if file.name != RECORD:
@@ -103,6 +100,17 @@ class CompiledModel:
             threads=threads,
             options=record.options,
         )
+
+
+def refuse_other_folder(directory: str | os.PathLike[str]) -> None:
+    """Replacing a deployment deletes the older folder, so it must be one.
+
+    Raises:
+        InvalidValueError: there is something else.
+    """
+    directory = Path(directory)
+    if directory.exists() and (directory.is_file() or (any(directory.iterdir()) and not is_deployment(directory))):
+        raise InvalidValueError("is there and holds something else", where=str(directory), remedy="Name a new folder.")
 
 
 def size_of(folder: Path) -> int:

@@ -138,7 +138,8 @@ class SideBySide:
         for batch in self.batch_sizes:
             for heading in (f"batch {batch}", "to eager", "to its fp32"):
                 table.add_column(heading, justify="right")
-        table.add_column("")
+        if any(way.skipped for way in self.ways):
+            table.add_column("why not")
         for way in self.ways:
             row = [way.name, "" if way.bytes is None else si(way.bytes, "B")]
             row.append(decibels(way.snr) if way is not self.ways[0] else "")
@@ -146,7 +147,7 @@ class SideBySide:
                 row.append(si(way.latency[batch].median, "s") if way.latency else "")
                 over = (self.ways[0], self.base_of(way))
                 row += ["" if own is None or own is way else _times(self.gain(way, batch, own)) for own in over]
-            table.add_row(*row, way.skipped)
+            table.add_row(*row, *([way.skipped] if way.skipped else []))
         return table
 
     __rich__ = table

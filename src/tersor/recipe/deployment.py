@@ -1,15 +1,16 @@
-"""From a trained model to an int8 artefact and what it came to: what ``tersor deploy`` does, and a recipe's last part."""
+"""From a trained model to an int8 artefact that is measured: ``tersor deploy``, and the last part of a recipe."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
@@ -20,6 +21,7 @@ from tersor.config.values import is_activation
 from tersor.deploy import CompiledModel, QuantizationSpeedup, engine_config
 from tersor.deploy.audit import AuditLine, audit, audit_table
 from tersor.deploy.engines import engine_of
+from tersor.deploy.operators import dequantize
 from tersor.deploy.post_training import post_training
 from tersor.deploy.quantization_speedup import OnFailure, Unsupported
 from tersor.deploy.side_by_side import SideBySide, side_by_side
@@ -29,7 +31,9 @@ from tersor.errors import UnmatchedError, nearest
 from tersor.graph import functions_as_modules
 from tersor.graph.inputs import named_tensors
 from tersor.quantization import CalibrationConfig
-from tersor.recipe.prepare import Data
+from tersor.recipe.prepare import Data, Prepared
+from tersor.recipe.spec import Recipe
+from tersor.training.batches import to_device
 from tersor.training.evaluator import modes_kept
 from tersor.training.loops import LoaderEvaluation
 
@@ -139,6 +143,24 @@ def deploy(
     return Deployed(compiled, timings, accuracy, audit(compiled, speedup.program), tuple(notes))
 
 
+def deploy_prepared(recipe: Recipe, prepared: Prepared) -> Deployed:
+    """Deploy what became of a recipe's model, as the recipe says."""
+    asked = recipe.deployment
+    assert asked is not None
+    # Engines compute on the CPU.
+    example_inputs = to_device(prepared.example_inputs, torch.device("cpu"))
+    return deploy(
+        copy.deepcopy(prepared.model).cpu(),
+        replace(prepared.data, example_inputs=example_inputs),
+        engine=asked.engine,
+        calibration_batches=asked.calibration_batches,
+        threads=asked.threads,
+        on_failure=asked.on_failure,
+        batch_sizes=recipe.output.batch_sizes,
+        original=copy.deepcopy(prepared.original).cpu(),
+    )
+
+
 def fitting_model(model: nn.Module, example_inputs: Any, calibration: CalibrationConfig) -> nn.Module:
     """The form of a model that a calibration was made on: as it is, with functions as modules, or with folded norms.
 
@@ -178,7 +200,11 @@ def _misfit(model: nn.Module, calibration: CalibrationConfig) -> float:
             if is_activation(target) or name not in tensors:
                 continue
             values = tensors[name].detach().cpu().float()
-            difference = Stored.of(said, name, values.shape).values(values) - values
+            stored = Stored.of(said, name, values.shape)
+            assert stored.scale is not None
+            assert stored.zero_point is not None
+            form = (stored.scale, stored.zero_point, stored.kind, stored.axis, stored.block)
+            difference = dequantize(stored.numbers(values), *form) - values
             lost, power = lost + float(difference.square().sum()), power + float(values.square().sum())
     return lost / power if power else 0.0
 
