@@ -3,7 +3,6 @@
 from tersor.deploy.audit import AuditLine as AuditLine
 from tersor.deploy.audit import audit as audit
 from tersor.deploy.compiled import CompiledModel as CompiledModel
-from tersor.deploy.engine_config import engine_config as engine_config
 from tersor.deploy.engine_targets import engine_config as engine_config
 from tersor.deploy.engines import engines as engines
 from tersor.deploy.onnx import check_onnx as check_onnx

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tersor.deploy.engine_config import engine_config
+from tersor.deploy.engine_targets import engine_config
 from tersor.quantization import PtqQuantizer
 
 
