@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -124,3 +126,34 @@ def pack_small_types(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         model.graph.initializers.pop(name)
+
+
+COMPUTING = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Attention", "LSTM", "GRU", "RNN"})
+"""Operators of ONNX that hold convolutions or products."""
+
+
+def name_by_module(model: ir.Model) -> None:
+    """Call each node after the module that it comes from, and leave out of the file where that module's code lies.
+
+    The first convolution or product of a module ``block.attn`` becomes ``block.attn/Gemm``, the second
+    ``block.attn/MatMul.2``; so engines' profiles name modules, and :func:`tersor.deploy.audit` can read them. What the
+    exporter writes beside would tell the paths of source files.
+    """
+    calls: dict[str, list[str]] = {}
+    taken: Counter[str] = Counter()
+    for node in model.graph:
+        said = node.metadata_props
+        scopes = ast.literal_eval(said.get("pkg.torch.onnx.name_scopes", "[]"))
+        module = str(scopes[-2]) if len(scopes) > 1 else ""
+        name = f"{module}/{node.op_type}"
+        if node.op_type in COMPUTING:
+            own = calls.setdefault(module, [])
+            call = said.get("pkg.torch.onnx.fx_node", name).partition(" ")[0]
+            if call not in own:
+                own.append(call)
+            name += f".{own.index(call) + 1}" if own.index(call) else ""
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        node.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
