@@ -109,19 +109,20 @@ def save_compressed_tensors(
 
 def _accept(names: tuple[str, ...], module: nn.Module, integers: Integers) -> None:
     """Linear layers of at most 8 bits."""
-    if len(names) > 1:
+    name, *others = names
+    if others:
         raise InvalidValueError(
-            f"it is {names[1]} as well, and tied weights are no linear layer's alone",
-            remedy=f"Add exclude_op_names: [{names[0].rpartition('.')[0]!r}] to the config list, or set "
+            f"it is {others[0]} as well, and tied weights are no linear layer's alone",
+            remedy=f"Add exclude_op_names: [{name.rpartition('.')[0]!r}] to the config list, or set "
             "unsupported='float'.",
         )
-    if not isinstance(module, nn.Linear) or names[0].rpartition(".")[2] != "weight":
+    if not isinstance(module, nn.Linear) or name.rpartition(".")[2] != "weight":
         raise InvalidValueError(f"it is no weight of a linear layer, but of {type(module).__name__}")
     if integers.dtype.bits > 8:
         raise InvalidValueError(f"{integers.dtype.as_config()} has more than 8 bits", legal=("int2 to int8",))
 
 
-def _schemes(integers: Mapping[str, Integers]) -> dict[Key, tuple[str, ...]]:
+def _schemes(integers: Mapping[str, Integers]) -> dict[Key, list[str]]:
     """The parameters of each scheme.
 
     Where all groups are of one size, a row of just that size is a group too.
@@ -132,11 +133,10 @@ def _schemes(integers: Mapping[str, Integers]) -> dict[Key, tuple[str, ...]]:
     if not integers:
         raise InvalidValueError("no weight is quantized", where="calibration_config")
     sizes = {own.group for own in integers.values() if own.scale.shape[1] > 1}
-    schemes: dict[Key, tuple[str, ...]] = {}
+    schemes: dict[Key, list[str]] = {}
     for name, own in integers.items():
-        group = own.group if own.group in sizes else None
-        key = max(own.dtype.bits, 2), group
-        schemes[key] = (*schemes.get(key, ()), name)
+        key: Key = max(own.dtype.bits, 2), own.group if own.group in sizes else None
+        schemes[key] = [*schemes.get(key, []), name]
     if len(schemes) > 1 and not _is_symmetric(integers.values()):
         shown = "; ".join(f"{_said(key)}: {names[0]}" for key, names in schemes.items())
         raise ConflictError(
@@ -157,7 +157,7 @@ def _said(key: Key) -> str:
     return f"int{bits} by {'rows' if group is None else f'groups of {group}'}"
 
 
-def _state(source: Source, schemes: Mapping[Key, tuple[str, ...]]) -> tuple[dict[str, Tensor], float]:
+def _state(source: Source, schemes: Mapping[Key, list[str]]) -> tuple[dict[str, Tensor], float]:
     """The tensors of the checkpoint, and the largest deviation from the simulation."""
     state: dict[str, Tensor] = {**source.model.state_dict(), **source.floats}
     parameters = named_tensors(source.model)
@@ -186,7 +186,7 @@ def _state(source: Source, schemes: Mapping[Key, tuple[str, ...]]) -> tuple[dict
     return state, furthest
 
 
-def _quantization_config(source: Source, schemes: Mapping[Key, tuple[str, ...]]) -> dict[str, Any]:
+def _quantization_config(source: Source, schemes: Mapping[Key, list[str]]) -> dict[str, Any]:
     """What ``config.json`` says of it."""
     linear = [name for name, module in source.model.named_modules() if isinstance(module, nn.Linear)]
     quantized = {name.removesuffix(".weight") for name in source.integers}

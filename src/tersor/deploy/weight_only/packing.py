@@ -80,7 +80,8 @@ class Integers:
         (tensor([[7]], dtype=torch.int8), tensor([[-5]], dtype=torch.int8))
         """
         assert self.dtype.bits <= 8
-        return tuple((own.int() - self._middle).to(torch.int8) for own in (self.numbers, self.zero_point))
+        middle = self._middle
+        return (self.numbers.int() - middle).to(torch.int8), (self.zero_point - middle).to(torch.int8)
 
     def in_groups_of(self, size: int) -> tuple[Tensor, Tensor]:
         """Scales and zero points of smaller groups, which say the same: shape (rows, columns / size)."""
