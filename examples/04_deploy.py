@@ -50,7 +50,7 @@ def main() -> None:
         if after < before - 0.005:
             raise SystemExit("The artefact has lost half a point or more.")
 
-    console.print(side_by_side(original, x, compressed=artefacts, batch_sizes=(1, len(x))))
+    console.print(side_by_side(original, x, compressed=artefacts, batch_sizes=(1, len(x)), eager_only=True))
 
 
 if __name__ == "__main__":

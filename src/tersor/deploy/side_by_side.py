@@ -59,7 +59,8 @@ class Way:
     @property
     def name(self) -> str:
         """What it is called in the table."""
-        return ", ".join(part for part in (self.model, f"{self.runs_on} {self.precision}") if part)
+        own = f"{self.runs_on} {self.precision}"
+        return own if self.model in ("", self.runs_on) else f"{self.model}, {own}"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -131,12 +132,13 @@ class SideBySide:
                     )
 
     def table(self) -> Table:
-        """One row each."""
-        table = Table("", caption="\n".join(self.notes) or None, caption_justify="left")
+        """One row each; gains are over eager, and over the first model in fp32 on the same engine."""
+        table = Table(caption="\n".join(self.notes) or None, caption_justify="left")
+        table.add_column("", no_wrap=True)
         for heading in ("file", "error"):
             table.add_column(heading, justify="right")
         for batch in self.batch_sizes:
-            for heading in (f"batch {batch}", "to eager", "to its fp32"):
+            for heading in (f"batch {batch}", "vs eager", "vs fp32"):
                 table.add_column(heading, justify="right")
         if any(way.skipped for way in self.ways):
             table.add_column("why not")
@@ -190,7 +192,8 @@ def side_by_side(
     Args:
         model: the model as it was; it is left as it is.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, on the CPU: real data.
-        compressed: a smaller model, a finished compressor, or an artefact; or several by name.
+        compressed: a smaller model, a finished compressor, or an artefact; or several by name (artefacts by the name of
+            their engine, if you like).
         calibration: some batches, by which the models (not the compressors) are quantized for each engine: see
             :func:`tersor.deploy.post_training`.
         engines: names of engines; ``installed`` are all that are there, ``()`` none.
