@@ -1,5 +1,5 @@
 # make quickstart   compress a real network on real data (under 4 minutes on 2 cores)
-# make examples     the other examples, on part of the data (about a minute)
+# make examples     the other examples, on part of the data (about two minutes)
 # make test         linters, types, layers, and the whole test suite
 # make benchmarks   every figure in the README but the quickstart's (about 10 minutes)
 # make zoo          every architecture of tests/zoo (about 30 minutes on 2 cores), and the page docs/zoo.md
@@ -21,6 +21,7 @@ quickstart: .venv/examples.stamp
 examples: .venv/examples.stamp
 	$(BIN)/python examples/02_schedule.py --images 5000
 	$(BIN)/python examples/03_quantize.py --images 5000
+	$(BIN)/python examples/04_deploy.py --images 5000
 
 test: .venv/dev.stamp
 	$(BIN)/ruff check .

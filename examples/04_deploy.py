@@ -11,6 +11,7 @@ It takes half a minute on one core. Run it with ``python examples/04_deploy.py``
 import argparse
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from mnist import BATCH_SIZE, accuracy, load_data, trained_model
@@ -30,6 +31,7 @@ def main() -> None:
     console = Console()
     data = load_data()
     x = data.example_input
+    threads = torch.get_num_threads()  # as many for each
     original = trained_model()
     before = accuracy(original, data)
     console.print(f"Accuracy {before:.2%} as it was trained.")
@@ -44,13 +46,14 @@ def main() -> None:
         quantizer = PtqQuantizer(network, config_list, calibration=batches)
         quantizer.compress()
         compiled = QuantizationSpeedup(quantizer, x, engine=name, float_model=original).compile()
-        artefacts[name] = CompiledModel.load(compiled.save(OUTPUT / name))  # needs the engine alone, and no model code
+        artefacts[name] = CompiledModel.load(compiled.save(OUTPUT / name), threads=threads)  # by the engine alone
         after = accuracy(artefacts[name], data)
         console.print(f"Accuracy {after:.2%} on {engine.title}.", compiled.report.table())
         if after < before - 0.005:
             raise SystemExit("The artefact has lost half a point or more.")
 
-    console.print(side_by_side(original, x, compressed=artefacts, batch_sizes=(1, len(x))))
+    sizes = (1, len(x))
+    console.print(side_by_side(original, x, compressed=artefacts, batch_sizes=sizes, threads=threads, eager_only=True))
 
 
 if __name__ == "__main__":

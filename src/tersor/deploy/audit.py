@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ def audit(compiled: CompiledModel, program: Program) -> tuple[AuditLine, ...]:
     if len(open_calls) == len(left):
         found |= {call: [operator] for call, operator in zip(open_calls, left, strict=True)}
     shared = _precision(left) if len({operator.precision for operator in left}) == 1 else None
+    inputs = program.exported.graph_signature.user_inputs
     lines: list[AuditLine] = []
     for call in calls:
         operators = found.get(call, [])
@@ -80,7 +81,7 @@ def audit(compiled: CompiledModel, program: Program) -> tuple[AuditLine, ...]:
                 ", ".join(operator.name for operator in operators),
                 precision,
                 sum(times) if times else None,
-                "" if precision == "int8" else _reason(call, precision, compiled.report.fallbacks),
+                "" if precision == "int8" else _reason(call, precision, compiled.report.fallbacks, inputs),
             )
         )
     return tuple(lines)
@@ -138,8 +139,10 @@ def _precision(operators: Sequence[Operator]) -> Precision | None:
     return "int8" if all(operator.precision == "int8" for operator in operators) else "float"
 
 
-def _reason(call: fx.Node, precision: Precision | None, fallbacks: Iterable[Fallback]) -> str:
-    """Why a call does not run in int8, as far as it is known."""
+def _reason(
+    call: fx.Node, precision: Precision | None, fallbacks: Iterable[Fallback], inputs: Collection[object]
+) -> str:
+    """Why a call does not run in int8, as far as it is known; ``inputs`` are the names of the model's own."""
     module = module_of(call)
     told = [own.reason for own in fallbacks if own.where == module or (own.where.startswith(f"{module}.") and module)]
     if told:
@@ -154,7 +157,7 @@ def _reason(call: fx.Node, precision: Precision | None, fallbacks: Iterable[Fall
     sources = [source_of(operand) for operand in operands[:2]]
     first, second = (source.target is DEQUANTIZE for source in sources)
     stored = sources[1].args[0] if second else sources[1]
-    is_weight = isinstance(stored, fx.Node) and stored.op == "placeholder"
+    is_weight = isinstance(stored, fx.Node) and stored.op == "placeholder" and stored.name not in inputs
     if first and second:
         return UNNAMED if precision is None else "the engine fell back to floating point"
     if not is_weight:

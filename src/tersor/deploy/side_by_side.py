@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from tersor.analysis.latency import Latency, Ratio, measure, paired_ratio
 from tersor.analysis.memory import file_size
 from tersor.analysis.metrics import si
 from tersor.compressor import Compressor
-from tersor.deploy.agreement import agreement, decibels
+from tersor.deploy.agreement import agreement
 from tersor.deploy.compiled import CompiledModel
 from tersor.deploy.engines import engine_of
 from tersor.deploy.engines import engines as known_engines
@@ -59,7 +60,8 @@ class Way:
     @property
     def name(self) -> str:
         """What it is called in the table."""
-        return ", ".join(part for part in (self.model, f"{self.runs_on} {self.precision}") if part)
+        own = f"{self.runs_on} {self.precision}"
+        return own if self.model in ("", self.runs_on) else f"{self.model}, {own}"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -131,18 +133,23 @@ class SideBySide:
                     )
 
     def table(self) -> Table:
-        """One row each."""
-        table = Table("", caption="\n".join(self.notes) or None, caption_justify="left")
-        for heading in ("file", "error"):
-            table.add_column(heading, justify="right")
+        """One row each: bytes, agreement with the first model in dB, and for each batch size the time and two gains.
+
+        They are over eager, and over the first model in fp32 on the same engine.
+        """
+        # Narrow enough for two batch sizes on a terminal of 80 columns.
+        table = Table(box=SIMPLE_HEAD, padding=(0, 0), caption="\n".join(self.notes) or None, caption_justify="left")
+        table.add_column("", no_wrap=True)
+        for heading in ("file", "dB"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for batch in self.batch_sizes:
-            for heading in (f"batch {batch}", "to eager", "to its fp32"):
-                table.add_column(heading, justify="right")
+            for heading in (f"batch\n{batch}", "vs\neager", "vs\nfp32"):
+                table.add_column(heading, justify="right", no_wrap=True)
         if any(way.skipped for way in self.ways):
             table.add_column("why not")
         for way in self.ways:
             row = [way.name, "" if way.bytes is None else si(way.bytes, "B")]
-            row.append(decibels(way.snr) if way is not self.ways[0] else "")
+            row.append("" if way.snr is None or way is self.ways[0] else f"{way.snr:.0f}")
             for batch in self.batch_sizes:
                 row.append(si(way.latency[batch].median, "s") if way.latency else "")
                 over = (self.ways[0], self.base_of(way))
@@ -190,7 +197,8 @@ def side_by_side(
     Args:
         model: the model as it was; it is left as it is.
         example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments, on the CPU: real data.
-        compressed: a smaller model, a finished compressor, or an artefact; or several by name.
+        compressed: a smaller model, a finished compressor, or an artefact; or several by name (artefacts by the name of
+            their engine, if you like).
         calibration: some batches, by which the models (not the compressors) are quantized for each engine: see
             :func:`tersor.deploy.post_training`.
         engines: names of engines; ``installed`` are all that are there, ``()`` none.
@@ -329,7 +337,7 @@ def _in_bfloat16(model: nn.Module) -> Callable[..., Any]:
 
 
 def _times(gain: Ratio | None) -> str:
-    return "" if gain is None else f"{gain.median:.2f}x"
+    return "" if gain is None else f"{gain.median:.{2 if gain.median < 10 else 1}f}x"
 
 
 def _median(gain: Ratio | None) -> float | None:
