@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from tersor.deploy.graph import CHOOSE, DEQUANTIZE, QUANTIZE, Graph
 from tersor.deploy.lowering import Program
 from tersor.deploy.operators import choose, dequantize, quantize, storage_type
 
+NAMED = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
-def decompose(program: Program) -> Program:
+
+def decompose(program: Program, *, named: Sequence[torch.dtype] = NAMED) -> Program:
     """Put ``torch.ops.quantized_decomposed`` in the place of the program's own operators; the values stay the same.
 
     A scale for the whole tensor becomes a number in the graph where it is constant, which is what patterns match, and
@@ -25,13 +28,14 @@ def decompose(program: Program) -> Program:
 
     Args:
         program: of :func:`tersor.deploy.lowering.lower`, prepared for an engine or not.
+        named: stored numbers of other types are written in arithmetic.
     """
     _register()
     graph = Graph(program)
     for node in graph.calls(QUANTIZE):
-        _say_quantize(graph, node)
+        _say_quantize(graph, node, named)
     for node in graph.calls(DEQUANTIZE):
-        _say_dequantize(graph, node)
+        _say_dequantize(graph, node, named)
     for node in graph.calls(CHOOSE):
         _inline(graph, node, choose)
     return graph.close()
@@ -42,23 +46,25 @@ def _register() -> None:
     import torch.ao.quantization.fx._decomposed  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 
-def _say_quantize(graph: Graph, node: fx.Node) -> None:
+def _say_quantize(graph: Graph, node: fx.Node, named: Sequence[torch.dtype]) -> None:
     x, scale, zero_point, kind, low, high, axis, block = _arguments(node)
     dtype = parse_dtype(kind)
-    if isinstance(dtype, FloatDtype) or block is not None:
+    held = storage_type(dtype)
+    if isinstance(dtype, FloatDtype) or held not in named or block is not None:
         _inline(graph, node, quantize)
         return
     grid = _grid(graph, node, scale, zero_point, axis)
-    _replace(graph, node, grid, "quantize", (x, *grid, int(low), int(high), storage_type(dtype)))
+    _replace(graph, node, grid, "quantize", (x, *grid, int(low), int(high), held))
 
 
-def _say_dequantize(graph: Graph, node: fx.Node) -> None:
+def _say_dequantize(graph: Graph, node: fx.Node, named: Sequence[torch.dtype]) -> None:
     q, scale, zero_point, kind, axis, block = _arguments(node)
     dtype = parse_dtype(kind)
-    if isinstance(dtype, FloatDtype) or (block is not None and not _in_groups(graph, q, axis, block)):
+    held = storage_type(dtype)
+    plain = isinstance(dtype, FloatDtype) or held not in named
+    if plain or (block is not None and not _in_groups(graph, q, axis, block)):
         _inline(graph, node, dequantize)
         return
-    held = storage_type(dtype)
     low, high = _range_of(q, held)
     if block is not None:
         scales, zeros = _grid(graph, node, scale, zero_point, axis)[:2]

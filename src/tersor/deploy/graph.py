@@ -30,8 +30,6 @@ class Graph:
         self._program = program
         own = program.exported
         self.module = copy.deepcopy(own.graph_module)
-        for node, original in zip(self.module.graph.nodes, own.graph.nodes, strict=True):
-            node.name = original.name  # a copy renames what has the name of a builtin (``input``); the signature does not
         self._signature = copy.deepcopy(own.graph_signature)
         inputs = (node for node in self.module.graph.nodes if node.op == "placeholder")
         for spec, node in zip(self._signature.input_specs, inputs, strict=True):
