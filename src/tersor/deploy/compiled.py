@@ -43,7 +43,7 @@ class CompiledModel:
     ) -> None:
         self.engine, self.folder, self.signature, self.report = engine, folder, signature, report
         self.options = dict(options or {})
-        self.session = engine_of(engine).open(folder, threads=threads, options=self.options)
+        self.session = engine_of(engine, to_open=True).open(folder, threads=threads, options=self.options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs, nested as the model's."""

@@ -112,8 +112,10 @@ class _Config:
             elif isinstance(module, nn.Embedding) and name not in embeddings:
                 embeddings.append(name)
             elif isinstance(module, Add) and self.wishes.sums and self._joins_branches(node):
+                fused = self._fused_operand(node) if self.wishes.fused_sums else None
                 for position, operand in enumerate(node.all_input_nodes):
-                    self._add(name, f"_input_{position}", operand)
+                    if operand is not fused:
+                        self._add(name, f"_input_{position}", operand)
                 if self.wishes.convolution_outputs:
                     self._add_output(node)
         settings = {"weight": {"quant_dtype": "int8", "quant_scheme": "symmetric"}}
@@ -167,6 +169,11 @@ class _Config:
                 else:
                     return False
         return len(readers) == 1 or (moved and len(readers) > 1)
+
+    def _fused_operand(self, node: fx.Node) -> fx.Node | None:
+        """The operand of a sum whose convolution can do the sum as well: nothing else reads it."""
+        operands = [own for own in node.all_input_nodes if isinstance(self._module(own), _ConvNd)]
+        return next((own for own in operands if len(own.users) == 1), None)
 
     def _joins_branches(self, node: fx.Node) -> bool:
         """Whether a sum adds what convolutions made, and not a constant or tokens."""
