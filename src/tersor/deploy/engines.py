@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from tersor.deploy.engine import Engine
 from tersor.deploy.onnx_runtime import OnnxRuntime
+from tersor.deploy.openvino import OpenVino
 from tersor.errors import InvalidValueError, nearest
 
 
 def engines() -> dict[str, type[Engine]]:
     """All engines by name, in the order in which ``auto`` prefers them."""
-    return {engine.name: engine for engine in (OnnxRuntime,)}
+    return {engine.name: engine for engine in (OnnxRuntime, OpenVino)}
 
 
 def engine_of(name: str) -> Engine:

@@ -185,8 +185,7 @@ def _lies_on(graph: Graph, value: fx.Node, node: fx.Node) -> bool:
 def _only_feeds(graph: Graph, value: fx.Node, source: fx.Node, node: fx.Node) -> bool:
     """Whether nothing reads a value but one node, and quantizers on the grid of another."""
     return value.target is not DEQUANTIZE and all(
-        user is source
-        or (user.target is QUANTIZE and same_grid(graph, parameters_of(user), parameters_of(node)))
+        user is source or (user.target is QUANTIZE and same_grid(graph, parameters_of(user), parameters_of(node)))
         for user in value.users
     )
 

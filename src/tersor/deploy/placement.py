@@ -9,10 +9,11 @@ from torch import fx
 
 from tersor.config.dtypes import IntDtype, parse_dtype
 from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, parameters_of, same_grid
-from tersor.deploy.operators import storage_type
+from tersor.deploy.operators import spread, storage_type
 
 UINT8 = IntDtype(8, signed=False)
 _ATEN = torch.ops.aten
+POOLS = frozenset({_ATEN.max_pool1d.default, _ATEN.max_pool2d.default, _ATEN.max_pool3d.default})
 
 
 def join_twins(graph: Graph) -> None:
@@ -115,6 +116,58 @@ def products(graph: Graph) -> None:
         graph.graph.erase_node(node)
 
 
+def before_pools(graph: Graph) -> None:
+    """Quantize in front of a maximum pool and not behind it, so that it runs on small numbers.
+
+    Rounding keeps the order of values, so the greatest of them is the same before and after. Where the pool's value or
+    its input is also read as it is, nothing is gained, and they stay.
+    """
+    for pool in reversed(graph.calls(*POOLS)):
+        readers, source = list(pool.users), pool.args[0]
+        if not isinstance(source, fx.Node) or len(source.users) > 1 or source.meta["val"].dtype is not torch.float32:
+            continue
+        if any(reader.target is not QUANTIZE for reader in readers):
+            continue
+        scale, zero_point, kind, low, high, *place = parameters_of(readers[0])
+        ways = (scale, zero_point, kind, low, high)
+        if any(place) or not all(same_grid(graph, parameters_of(readers[0]), parameters_of(user)) for user in readers):
+            continue
+        with graph.graph.inserting_before(pool):
+            stored = source.meta["val"].to(readers[0].meta["val"].dtype)
+            made = graph.call(QUANTIZE, (source, *ways), source, stored)
+            value = graph.call(DEQUANTIZE, (made, scale, zero_point, kind), source)
+        pool.replace_input_with(source, value)
+        for reader in readers:
+            for user in list(reader.users):
+                assert user.target is DEQUANTIZE, f"{user} reads stored numbers"
+                user.replace_all_uses_with(pool)
+                graph.graph.erase_node(user)
+            graph.graph.erase_node(reader)
+
+
+def whole_ranges(graph: Graph) -> None:
+    """Store integers of less than 8 bits, and ranges that are less than their type's, in all of int8 or uint8.
+
+    What lies outside the range is limited before it is rounded, which gives the same numbers.
+    """
+    for node in graph.calls(QUANTIZE):
+        x, scale, zero_point, kind, low, high, *place = node.args
+        dtype = parse_dtype(str(kind))
+        own, shift = graph.constant(scale), graph.constant(zero_point)
+        if not isinstance(dtype, IntDtype) or dtype.bits > 8 or own is None or shift is None:
+            continue
+        whole = (-128, 127) if dtype.signed else (0, 255)
+        byte = IntDtype(8, dtype.signed).as_config()
+        if (low, high) != whole:
+            assert isinstance(x, fx.Node)
+            with graph.graph.inserting_before(node):
+                x = _limited(graph, x, own, shift, (low, high), place)
+        for user in list(node.users):
+            assert user.target is DEQUANTIZE, f"{user} reads stored numbers"
+            user.update_arg(3, byte)
+        node.args = (x, scale, zero_point, byte, *map(float, whole), *place)
+
+
 def _transposed(graph: Graph, weight: fx.Node) -> fx.Node:
     """A matrix of stored numbers the other way round; where others read it too, it is turned while the model runs."""
     numbers, scale, zero_point, kind, axis, block = (*weight.args, None, None)[:6]
@@ -160,3 +213,15 @@ def _on_one_grid(graph: Graph, quantize: fx.Node, dequantize: fx.Node) -> bool:
     if not isinstance(source, fx.Node) or source.target is not QUANTIZE:
         return False
     return same_grid(graph, (scale, zero_point, kind, *place), own)
+
+
+def _limited(
+    graph: Graph, x: fx.Node, scale: torch.Tensor, zero_point: torch.Tensor, limits: tuple[Any, Any], place: list[Any]
+) -> fx.Node:
+    ends = [(limit - zero_point.float()) * scale for limit in limits]
+    if not place or place[0] is None:
+        return graph.call(torch.ops.aten.clamp.default, (x, *(float(end) for end in ends)), x)
+    axis, block = (*place, None)[:2]
+    like = torch.empty(tuple(1 if not isinstance(size, int) else size for size in x.meta["val"].shape))
+    held = [graph.new_constant(spread(end, like, axis, block), f"{x.name}_limit") for end in ends]
+    return graph.call(torch.ops.aten.clamp.Tensor, (x, *held), x)
