@@ -49,12 +49,15 @@ class Wishes:
         signed: of any other.
         convolution_outputs: whether a convolution's output is wanted as well, and a sum's.
         sums: whether the operands of residual sums are.
+        added: settings of what a convolution gives to a sum that is rounded, where the engine does not round it before;
+            None where it does.
     """
 
     non_negative: Mapping[str, Any]
     signed: Mapping[str, Any]
     convolution_outputs: bool = False
     sums: bool = True
+    added: Mapping[str, Any] | None = None
 
 
 UINT8: Mapping[str, Any] = {"quant_dtype": "uint8", "quant_scheme": "affine"}
