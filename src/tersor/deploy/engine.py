@@ -51,6 +51,8 @@ class Wishes:
         sums: whether the operands of residual sums are.
         fused_sums: whether a sum is done by the convolution that makes one of its operands, so that only the other
             one is wanted.
+        added: settings of what a convolution gives to a sum that is rounded, where the engine does not round it before;
+            None where it does.
     """
 
     non_negative: Mapping[str, Any]
@@ -58,6 +60,7 @@ class Wishes:
     convolution_outputs: bool = False
     sums: bool = True
     fused_sums: bool = False
+    added: Mapping[str, Any] | None = None
 
 
 UINT8: Mapping[str, Any] = {"quant_dtype": "uint8", "quant_scheme": "affine"}

@@ -19,7 +19,7 @@ from tersor.deploy.engine import INT8, UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import Graph
 from tersor.deploy.lowering import Fallback, Program
 from tersor.deploy.onnx import write_program
-from tersor.deploy.placement import before_pools, join_twins, whole_ranges
+from tersor.deploy.placement import before_pools, bytes_in_sums, join_twins, whole_ranges, wide_in_float
 from tersor.errors import CheckpointError, InvalidValueError, TraceError
 
 PRODUCTS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"})
@@ -49,16 +49,13 @@ class OpenVino(Engine):
     packages: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript", "openvino")
     extra: ClassVar[str] = "openvino"
     file: ClassVar[str] = "model.xml"
-    wishes: ClassVar[Wishes] = Wishes(non_negative=UINT8, signed={**INT8, "quant_range": "full"})
+    wishes: ClassVar[Wishes] = Wishes(
+        non_negative=UINT8, signed={**INT8, "quant_range": "full"}, added={**INT8, "quant_dtype": "int16"}
+    )
 
     def lacks(self, dtype: QuantDtype, *, is_activation: bool) -> str:
-        """Weights: all but what has more than 16 bits. Inputs and outputs: integers of at most 8 bits.
-
-        It runs values of 16 bits and of fp8 as if they were int8, and says nothing.
-        """
-        fits = isinstance(dtype, FloatDtype) or dtype.bits <= 16
-        if is_activation:
-            fits = not isinstance(dtype, FloatDtype) and dtype.bits <= 8
+        """It has integers of at most 16 bits, and weights of fp8; inputs of fp8 it would round to int8."""
+        fits = not is_activation if isinstance(dtype, FloatDtype) else dtype.bits <= 16
         return "" if fits else f"has no {dtype.as_config()} {'inputs and outputs' if is_activation else 'weights'}"
 
     def prepare(self, program: Program) -> tuple[Program, tuple[Fallback, ...]]:
@@ -66,8 +63,11 @@ class OpenVino(Engine):
         graph = Graph(program)
         before_pools(graph)
         join_twins(graph)
+        bytes_in_sums(graph)
         whole_ranges(graph)
-        return graph.close(), ()
+        floating = wide_in_float(graph)
+        reason = "more than 8 bits: rounded in floating point, so what reads it runs in floating point"
+        return graph.close(), tuple(Fallback(where, reason) for where in floating)
 
     def build(self, program: Program, folder: Path, options: Mapping[str, Any]) -> None:
         """``model.xml`` and ``model.bin``, by way of ONNX."""

@@ -8,14 +8,14 @@ import torch
 from torch import fx
 
 from tersor.config.dtypes import IntDtype, parse_dtype
-from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, parameters_of, same_grid
+from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of, same_grid
 from tersor.deploy.operators import spread, storage_type
 
 UINT8 = IntDtype(8, signed=False)
 _ATEN = torch.ops.aten
-POOLS = frozenset(
-    {torch.ops.aten.max_pool1d.default, torch.ops.aten.max_pool2d.default, torch.ops.aten.max_pool3d.default}
-)
+CONVOLUTIONS = frozenset({_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.convolution.default})
+LIMITS = frozenset({_ATEN.relu.default, _ATEN.relu6.default, _ATEN.clamp.default, _ATEN.hardtanh.default})
+POOLS = frozenset({_ATEN.max_pool1d.default, _ATEN.max_pool2d.default, _ATEN.max_pool3d.default})
 
 
 def join_twins(graph: Graph) -> None:
@@ -118,6 +118,120 @@ def products(graph: Graph) -> None:
         graph.graph.erase_node(node)
 
 
+def before_pools(graph: Graph) -> None:
+    """Quantize in front of a maximum pool and not behind it, so that it runs on small numbers.
+
+    Rounding keeps the order of values, so the greatest of them is the same before and after. Where the pool's value or
+    its input is also read as it is, nothing is gained, and they stay.
+    """
+    for pool in reversed(graph.calls(*POOLS)):
+        readers, source = list(pool.users), pool.args[0]
+        if not isinstance(source, fx.Node) or len(source.users) > 1 or source.meta["val"].dtype is not torch.float32:
+            continue
+        if any(reader.target is not QUANTIZE for reader in readers):
+            continue
+        scale, zero_point, kind, low, high, *place = parameters_of(readers[0])
+        ways = (scale, zero_point, kind, low, high)
+        if any(place) or not all(same_grid(graph, parameters_of(readers[0]), parameters_of(user)) for user in readers):
+            continue
+        with graph.graph.inserting_before(pool):
+            stored = source.meta["val"].to(readers[0].meta["val"].dtype)
+            made = graph.call(QUANTIZE, (source, *ways), source, stored)
+            value = graph.call(DEQUANTIZE, (made, scale, zero_point, kind), source)
+        pool.replace_input_with(source, value)
+        for reader in readers:
+            for user in list(reader.users):
+                assert user.target is DEQUANTIZE, f"{user} reads stored numbers"
+                user.replace_all_uses_with(pool)
+                graph.graph.erase_node(user)
+            graph.graph.erase_node(reader)
+
+
+def bytes_in_sums(graph: Graph) -> None:
+    """Store the convolution's operand of a sum as int8, that is int16 in the simulation.
+
+    OpenVINO adds to a convolution before it rounds: where a sum is rounded, what comes of the convolution is limited to
+    its range, and not rounded to its grid. It needs that grid all the same to add in the convolution's kernel. So the
+    simulation says 16 bits, which is as good as not rounded, and here the same range is said in 8 bits.
+    """
+    for node in graph.calls(QUANTIZE):
+        x, scale, zero_point, kind, _, high, *place = node.args
+        held, shift = graph.constant(scale), graph.constant(zero_point)
+        if kind != "int16" or any(place) or held is None or shift is None or bool(shift) or not _joins(node):
+            continue
+        wider = graph.new_constant(held * (float(high) / 127), f"{node.name}_scale")  # pyright: ignore
+        byte = graph.new_constant(shift.to(torch.int8), f"{node.name}_zero_point")
+        with graph.graph.inserting_before(node):
+            made = graph.call(QUANTIZE, (x, wider, byte, "int8", -128.0, 127.0), node, node.meta["val"].to(torch.int8))
+        for user in list(node.users):
+            user.args = (made, wider, byte, "int8")
+        graph.graph.erase_node(node)
+
+
+def _joins(node: fx.Node) -> bool:
+    """Whether a quantizer stands between a convolution and a sum with stored numbers that is rounded."""
+    source, readers = node.args[0], list(node.users)
+    if not isinstance(source, fx.Node) or source.target not in CONVOLUTIONS or len(source.users) > 1:
+        return False
+    sums = [user for reader in readers for user in reader.users]
+    if len(readers) != 1 or len(sums) != 1 or sums[0].target is not _ATEN.add.Tensor:
+        return False
+    if not all(isinstance(operand, fx.Node) and operand.target is DEQUANTIZE for operand in sums[0].args):
+        return False
+    total = sums[0]
+    while len(total.users) == 1 and (follower := next(iter(total.users))).target in LIMITS:
+        total = follower
+    kinds = {parse_dtype(str(user.args[3])) if user.target is QUANTIZE else None for user in total.users}
+    return len(total.users) == 1 and all(isinstance(kind, IntDtype) and kind.bits <= 8 for kind in kinds)
+
+
+def wide_in_float(graph: Graph) -> list[str]:
+    """Round what has 16 bits in floating-point operators, which give the same values; the modules where it was."""
+    places: list[str] = []
+    for node in graph.calls(QUANTIZE):
+        x, scale, zero_point, kind, low, high, *place = node.args
+        dtype = parse_dtype(str(kind))
+        held, shift = graph.constant(scale), graph.constant(zero_point)
+        if not isinstance(dtype, IntDtype) or dtype.bits <= 8 or any(place) or held is None or shift is None:
+            continue
+        with graph.graph.inserting_before(node):
+            least, most = (float(end) - float(shift) for end in (low, high))  # pyright: ignore
+            like: Any = x
+            value = graph.call(_ATEN.mul.Tensor, (x, float(1 / held)), like)
+            value = graph.call(_ATEN.round.default, (value,), like)
+            value = graph.call(_ATEN.clamp.default, (value, least, most), like)
+            value = graph.call(_ATEN.mul.Tensor, (value, float(held)), like)
+        for user in list(node.users):
+            user.replace_all_uses_with(value)
+            graph.graph.erase_node(user)
+        graph.graph.erase_node(node)
+        places.append(module_of(like))
+    return places
+
+
+def whole_ranges(graph: Graph) -> None:
+    """Store integers of less than 8 bits, and ranges that are less than their type's, in all of int8 or uint8.
+
+    What lies outside the range is limited before it is rounded, which gives the same numbers.
+    """
+    for node in graph.calls(QUANTIZE):
+        x, scale, zero_point, kind, low, high, *place = node.args
+        dtype = parse_dtype(str(kind))
+        own, shift = graph.constant(scale), graph.constant(zero_point)
+        if not isinstance(dtype, IntDtype) or dtype.bits > 8 or own is None or shift is None:
+            continue
+        whole = (-128, 127) if dtype.signed else (0, 255)
+        byte = IntDtype(8, dtype.signed).as_config()
+        if (low, high) != whole:
+            assert isinstance(x, fx.Node)
+            with graph.graph.inserting_before(node):
+                x = _limited(graph, x, own, shift, (low, high), place)
+        for user in list(node.users):
+            assert user.target is DEQUANTIZE, f"{user} reads stored numbers"
+            user.update_arg(3, byte)
+        node.args = (x, scale, zero_point, byte, *map(float, whole), *place)
+
+
 def _transposed(graph: Graph, weight: fx.Node) -> fx.Node:
     """A matrix of stored numbers the other way round; where others read it too, it is turned while the model runs."""
     numbers, scale, zero_point, kind, axis, block = (*weight.args, None, None)[:6]
@@ -163,58 +277,6 @@ def _on_one_grid(graph: Graph, quantize: fx.Node, dequantize: fx.Node) -> bool:
     if not isinstance(source, fx.Node) or source.target is not QUANTIZE:
         return False
     return same_grid(graph, (scale, zero_point, kind, *place), own)
-
-
-def before_pools(graph: Graph) -> None:
-    """Quantize in front of a maximum pool and not behind it, so that it runs on small numbers.
-
-    Rounding keeps the order of values, so the greatest of them is the same before and after. Where the pool's value or
-    its input is also read as it is, nothing is gained, and they stay.
-    """
-    for pool in reversed(graph.calls(*POOLS)):
-        readers, source = list(pool.users), pool.args[0]
-        if not isinstance(source, fx.Node) or len(source.users) > 1 or source.meta["val"].dtype is not torch.float32:
-            continue
-        if any(reader.target is not QUANTIZE for reader in readers):
-            continue
-        scale, zero_point, kind, low, high, *place = parameters_of(readers[0])
-        ways = (scale, zero_point, kind, low, high)
-        if any(place) or not all(same_grid(graph, parameters_of(readers[0]), parameters_of(user)) for user in readers):
-            continue
-        with graph.graph.inserting_before(pool):
-            stored = source.meta["val"].to(readers[0].meta["val"].dtype)
-            made = graph.call(QUANTIZE, (source, *ways), source, stored)
-            value = graph.call(DEQUANTIZE, (made, scale, zero_point, kind), source)
-        pool.replace_input_with(source, value)
-        for reader in readers:
-            for user in list(reader.users):
-                assert user.target is DEQUANTIZE, f"{user} reads stored numbers"
-                user.replace_all_uses_with(pool)
-                graph.graph.erase_node(user)
-            graph.graph.erase_node(reader)
-
-
-def whole_ranges(graph: Graph) -> None:
-    """Store integers of less than 8 bits, and ranges that are less than their type's, in all of int8 or uint8.
-
-    What lies outside the range is limited before it is rounded, which gives the same numbers.
-    """
-    for node in graph.calls(QUANTIZE):
-        x, scale, zero_point, kind, low, high, *place = node.args
-        dtype = parse_dtype(str(kind))
-        own, shift = graph.constant(scale), graph.constant(zero_point)
-        if not isinstance(dtype, IntDtype) or dtype.bits > 8 or own is None or shift is None:
-            continue
-        whole = (-128, 127) if dtype.signed else (0, 255)
-        byte = IntDtype(8, dtype.signed).as_config()
-        if (low, high) != whole:
-            assert isinstance(x, fx.Node)
-            with graph.graph.inserting_before(node):
-                x = _limited(graph, x, own, shift, (low, high), place)
-        for user in list(node.users):
-            assert user.target is DEQUANTIZE, f"{user} reads stored numbers"
-            user.update_arg(3, byte)
-        node.args = (x, scale, zero_point, byte, *map(float, whole), *place)
 
 
 def _limited(
