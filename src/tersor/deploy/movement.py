@@ -115,13 +115,12 @@ def _moved(node: fx.Node, *, through_parts: bool = False) -> Iterator[fx.Node]:
 
 def _pads_with_zero(node: fx.Node) -> bool:
     """Whether what a pad adds lies on every grid: zero, or values that are there."""
-    if node.target is _ATEN.constant_pad_nd.default:
-        value = node.args[2] if len(node.args) > 2 else 0
-    else:
-        mode, value, *_ = (*node.args[2:], *("constant", None)[max(0, len(node.args) - 2) :])
+    given = node.args[2:]
+    if node.target is _ATEN.pad.default and given:
+        mode, *given = given
         if mode != "constant":
             return True
-    return value is None or value == 0
+    return not given or given[0] is None or given[0] in (0, 0.0)
 
 
 def _take_limits(graph: Graph, node: fx.Node, source: fx.Node) -> bool:
@@ -192,8 +191,7 @@ def _lies_on(graph: Graph, value: fx.Node, node: fx.Node) -> bool:
 def _only_feeds(graph: Graph, value: fx.Node, source: fx.Node, node: fx.Node) -> bool:
     """Whether nothing reads a value but one node, and quantizers on the grid of another."""
     return value.target is not DEQUANTIZE and all(
-        user is source
-        or (user.target is QUANTIZE and same_grid(graph, parameters_of(user), parameters_of(node)))
+        user is source or (user.target is QUANTIZE and same_grid(graph, parameters_of(user), parameters_of(node)))
         for user in readers_of(value)
     )
 

@@ -30,7 +30,7 @@ def join_twins(graph: Graph) -> None:
         if not isinstance(source, fx.Node) or source.target is not DEQUANTIZE or not _on_one_grid(graph, node, source):
             continue
         inner: Any = source.args[0]
-        low, high = max(node.args[4], inner.args[4]), min(node.args[5], inner.args[5])  # pyright: ignore
+        low, high = max(node.args[4], inner.args[4]), min(node.args[5], inner.args[5])
         if (low, high) != tuple(inner.args[4:6]):
             if readers_of(inner) != [source] or readers_of(source) != [node]:
                 continue
