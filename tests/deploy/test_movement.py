@@ -54,9 +54,11 @@ def programs(module, *passes, example=None):
 
 
 def kinds(program):
+    """The calls between the convolution and the product at the end."""
     names = {QUANTIZE: "Q", DEQUANTIZE: "DQ"}
     calls = [node for node in program.exported.graph.nodes if node.op == "call_function"]
-    return [names.get(node.target, node.target.name().split("::")[-1].split(".")[0]) for node in calls][1:-1]
+    calls = [names.get(node.target, getattr(node.target, "__name__", "").split(".")[0]) for node in calls]
+    return [call for call in calls if call != "sym_size"][1:-1]
 
 
 MOVES = {

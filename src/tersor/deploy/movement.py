@@ -49,7 +49,7 @@ def quantize_early(graph: Graph) -> None:
     while work:
         node = work.pop()
         source = node.args[0]
-        if not isinstance(source, fx.Node) or set(source.users) != {node}:
+        if not isinstance(source, fx.Node) or readers_of(source) != [node]:
             continue
         if source.target in LIMITS:
             if _take_limits(graph, node, source):
@@ -78,16 +78,21 @@ def dequantize_late(graph: Graph) -> None:
         assert isinstance(first, fx.Node)
         if not all(same_grid(graph, parameters_of(first), parameters_of(other)) for other in sources[1:]):  # pyright: ignore
             continue
-        if all(user.op == "output" or user.target is QUANTIZE for user in node.users):
+        readers = readers_of(node)
+        if all(user.op == "output" or user.target is QUANTIZE for user in readers):
             continue
         if node.target in SPLITS:
             continue  # its parts are rounded, each by itself
         low, high = _range_of(first)
         scale, zero_point, kind, *place = parameters_of(first)
-        readers = list(node.users)
         _, rounded = _round_behind(graph, node, (scale, zero_point, kind, low, high, *place))
         for reader in readers:
             reader.replace_input_with(node, rounded)
+
+
+def readers_of(node: fx.Node) -> list[fx.Node]:
+    """What reads a node's values, and not only its size."""
+    return [user for user in node.users if user.target is not _ATEN.sym_size.int]
 
 
 def _moved(node: fx.Node, *, through_parts: bool = False) -> Iterator[fx.Node]:
@@ -110,13 +115,12 @@ def _moved(node: fx.Node, *, through_parts: bool = False) -> Iterator[fx.Node]:
 
 def _pads_with_zero(node: fx.Node) -> bool:
     """Whether what a pad adds lies on every grid: zero, or values that are there."""
-    if node.target is _ATEN.constant_pad_nd.default:
-        value = node.args[2] if len(node.args) > 2 else 0
-    else:
-        mode, value, *_ = (*node.args[2:], *("constant", None)[max(0, len(node.args) - 2) :])
+    given = node.args[2:]
+    if node.target is _ATEN.pad.default and given:
+        mode, *given = given
         if mode != "constant":
             return True
-    return value is None or value == 0
+    return not given or given[0] is None or given[0] in (0, 0.0)
 
 
 def _take_limits(graph: Graph, node: fx.Node, source: fx.Node) -> bool:
@@ -133,6 +137,8 @@ def _take_limits(graph: Graph, node: fx.Node, source: fx.Node) -> bool:
         for limit, end in ((least, low), (most, high))
     )
     node.args = (source.args[0], scale, zero_point, kind, low, high, *node.args[6:])
+    if not source.users:
+        graph.graph.erase_node(source)
     return True
 
 
@@ -186,7 +192,7 @@ def _only_feeds(graph: Graph, value: fx.Node, source: fx.Node, node: fx.Node) ->
     """Whether nothing reads a value but one node, and quantizers on the grid of another."""
     return value.target is not DEQUANTIZE and all(
         user is source or (user.target is QUANTIZE and same_grid(graph, parameters_of(user), parameters_of(node)))
-        for user in value.users
+        for user in readers_of(value)
     )
 
 

@@ -9,6 +9,7 @@ from torch import fx
 
 from tersor.config.dtypes import IntDtype, parse_dtype
 from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of, same_grid
+from tersor.deploy.movement import readers_of
 from tersor.deploy.operators import spread, storage_type
 
 UINT8 = IntDtype(8, signed=False)
@@ -29,9 +30,9 @@ def join_twins(graph: Graph) -> None:
         if not isinstance(source, fx.Node) or source.target is not DEQUANTIZE or not _on_one_grid(graph, node, source):
             continue
         inner: Any = source.args[0]
-        low, high = max(node.args[4], inner.args[4]), min(node.args[5], inner.args[5])  # pyright: ignore
+        low, high = max(node.args[4], inner.args[4]), min(node.args[5], inner.args[5])
         if (low, high) != tuple(inner.args[4:6]):
-            if set(inner.users) != {source} or set(source.users) != {node}:
+            if readers_of(inner) != [source] or readers_of(source) != [node]:
                 continue
             inner.args = (*inner.args[:4], low, high, *inner.args[6:])
         node.replace_all_uses_with(inner)
