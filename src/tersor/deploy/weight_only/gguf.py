@@ -98,9 +98,14 @@ def save_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    quantized = tuple(source.integers)
     return WeightReport(
-        path, _said(kinds), size_of([path]), source.float_bytes(), quantized, furthest, source.fallbacks
+        path,
+        ", ".join(sorted(kind for kind in kinds if kind.startswith("Q"))),
+        size_of([path]),
+        source.float_bytes(),
+        tuple(source.integers),
+        furthest,
+        source.fallbacks,
     )
 
 
