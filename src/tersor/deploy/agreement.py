@@ -68,3 +68,14 @@ def snr(value: Tensor, reference: Tensor) -> float:
     if float(noise) == 0:
         return math.inf
     return 10 * math.log10(float(signal / noise)) if float(signal) > 0 else -math.inf
+
+
+def decibels(ratio: float | None) -> str:
+    """A signal to noise ratio for people.
+
+    >>> decibels(41.26), decibels(math.inf), decibels(None)
+    ('41.3 dB', 'exact', '')
+    """
+    if ratio is None:
+        return ""
+    return "exact" if ratio == math.inf else f"{ratio:.1f} dB"

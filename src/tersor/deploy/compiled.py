@@ -2,80 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tersor.analysis.latency import Latency, measure
-from tersor.deploy.engine import Operator
 from tersor.deploy.engines import engine_of
-from tersor.deploy.lowering import Fallback
+from tersor.deploy.record import FORMAT, RECORD, is_deployment, read_deployment, sha256
+from tersor.deploy.record import DeployReport as DeployReport
 from tersor.deploy.structure import Signature
-from tersor.errors import CheckpointError, InvalidValueError
+from tersor.errors import InvalidValueError
 from tersor.storage import replacing_folder
-
-FORMAT = "tersor-deployment"
-RECORD = "deployment.json"
-
-
-@dataclass(frozen=True)
-class DeployReport:
-    """What became of a model.
-
-    Attributes:
-        engine: its name.
-        version: of the engine.
-        bytes: of all files that the engine needs.
-        float_bytes: of the model's parameters and buffers before, in their own types.
-        operators: what runs, by the engine's own profile.
-        asked: how many convolutions and products with a weight have both operands quantized in the simulation.
-        int8: how many convolutions and products run in integers.
-        simulation_snr: the outputs against those of the simulation, in dB.
-        float_snr: the outputs against those of the model before, in dB; None where that is not known.
-        floor: what the simulation has against itself where its inputs change by a millionth, in dB; None where it was
-            not needed.
-        top1: the share of samples whose largest output is that of the simulation.
-        fallbacks: what does not run as asked, and why.
-        milliseconds: the median of a call on the example inputs; None where it was not measured.
-    """
-
-    engine: str
-    version: str
-    bytes: int
-    float_bytes: int
-    operators: tuple[Operator, ...] = ()
-    asked: int = 0
-    int8: int = 0
-    simulation_snr: float = float("inf")
-    float_snr: float | None = None
-    floor: float | None = None
-    top1: float = 1.0
-    fallbacks: tuple[Fallback, ...] = ()
-    milliseconds: float | None = None
-
-    @property
-    def coverage(self) -> float:
-        """The share of the operators that were to run in integers and do."""
-        return min(1.0, self.int8 / self.asked) if self.asked else 1.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "coverage": self.coverage}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> DeployReport:
-        """From what :meth:`to_dict` gave."""
-        own = {key: value for key, value in content.items() if key != "coverage"}
-        own["operators"] = tuple(Operator(**operator) for operator in own["operators"])
-        own["fallbacks"] = tuple(Fallback(**fallback) for fallback in own["fallbacks"])
-        return cls(**own)
 
 
 class CompiledModel:
@@ -100,7 +43,7 @@ class CompiledModel:
     ) -> None:
         self.engine, self.folder, self.signature, self.report = engine, folder, signature, report
         self.options = dict(options or {})
-        self.session = engine_of(engine).open(folder, threads=threads, options=self.options)
+        self.session = engine_of(engine, to_open=True).open(folder, threads=threads, options=self.options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs, nested as the model's."""
@@ -123,10 +66,7 @@ class CompiledModel:
             InvalidValueError: there is a folder of something else.
         """
         directory = Path(directory)
-        if directory.exists() and any(directory.iterdir()) and not (directory / RECORD).exists():
-            raise InvalidValueError(
-                "is there and holds something else", where=str(directory), remedy="Name a new folder."
-            )
+        refuse_other_folder(directory)
         with replacing_folder(directory) as temporary:
             for file in sorted(self.folder.iterdir()):
                 if file.name != RECORD:
@@ -137,7 +77,7 @@ class CompiledModel:
                 "options": self.options,
                 "signature": self.signature.to_dict(),
                 "report": self.report.to_dict(),
-                "files": {file.name: _sha256(file) for file in sorted(temporary.iterdir())},
+                "files": {file.name: sha256(file) for file in sorted(temporary.iterdir())},
             }
             (temporary / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
         return directory
@@ -150,35 +90,29 @@ class CompiledModel:
             CheckpointError: there is no such folder, or a file is missing or damaged.
             MissingExtraError: its engine is not installed.
         """
-        directory = Path(directory)
-        try:
-            record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-        except OSError:
-            raise CheckpointError(
-                f"holds no {RECORD}", where=str(directory), remedy="Give a folder that save() wrote."
-            ) from None
-        except ValueError as error:
-            raise CheckpointError(f"is no JSON: {error}", where=str(directory / RECORD)) from None
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise CheckpointError("is no record of a deployment", where=str(directory / RECORD))
-        for name, checksum in record["files"].items():
-            file = directory / name
-            if not file.exists():
-                raise CheckpointError("is missing", where=str(file))
-            if _sha256(file) != checksum:
-                raise CheckpointError("is damaged: its checksum is another one", where=str(file))
-        signature, report = Signature.from_dict(record["signature"]), DeployReport.from_dict(record["report"])
-        return cls(record["engine"], directory, signature, report, threads=threads, options=record["options"])
+        record = read_deployment(directory)
+        record.check_files()
+        return cls(
+            record.engine,
+            record.directory,
+            record.signature,
+            record.report,
+            threads=threads,
+            options=record.options,
+        )
+
+
+def refuse_other_folder(directory: str | os.PathLike[str]) -> None:
+    """Replacing a deployment deletes the older folder, so it must be one.
+
+    Raises:
+        InvalidValueError: there is something else.
+    """
+    directory = Path(directory)
+    if directory.exists() and (directory.is_file() or (any(directory.iterdir()) and not is_deployment(directory))):
+        raise InvalidValueError("is there and holds something else", where=str(directory), remedy="Name a new folder.")
 
 
 def size_of(folder: Path) -> int:
     """The bytes of all files in a folder, but for the record."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.name != RECORD)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

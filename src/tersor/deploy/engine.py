@@ -49,12 +49,18 @@ class Wishes:
         signed: of any other.
         convolution_outputs: whether a convolution's output is wanted as well, and a sum's.
         sums: whether the operands of residual sums are.
+        fused_sums: whether a sum is done by the convolution that makes one of its operands, so that only the other
+            one is wanted.
+        added: settings of what a convolution gives to a sum that is rounded, where the engine does not round it before;
+            None where it does.
     """
 
     non_negative: Mapping[str, Any]
     signed: Mapping[str, Any]
     convolution_outputs: bool = False
     sums: bool = True
+    fused_sums: bool = False
+    added: Mapping[str, Any] | None = None
 
 
 UINT8: Mapping[str, Any] = {"quant_dtype": "uint8", "quant_scheme": "affine"}
@@ -99,13 +105,21 @@ class Engine(ABC):
         return f"not installed: {', '.join(missing)}" if missing else ""
 
     @classmethod
-    def require(cls) -> None:
+    def why_not_open(cls) -> str:
+        """Why it cannot run here what was built elsewhere; empty where it can."""
+        return cls.why_not()
+
+    @classmethod
+    def require(cls, *, to_open: bool = False) -> None:
         """Refuse to begin what would end without the engine.
+
+        Args:
+            to_open: whether it has only to run what was built.
 
         Raises:
             MissingExtraError: saying what is missing.
         """
-        if reason := cls.why_not():
+        if reason := cls.why_not_open() if to_open else cls.why_not():
             raise MissingExtraError(
                 reason,
                 where=cls.title,

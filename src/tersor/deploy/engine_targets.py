@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from tersor.deploy.engine import Wishes
 from tersor.deploy.engines import engine_of
 from tersor.graph.functions import functions_as_modules
-from tersor.graph.operations import Add
+from tersor.graph.operations import Add, Mean
 from tersor.quantization.module_fusion import auto_fuse, fuse_modules
 
 NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
@@ -22,6 +22,8 @@ RANGED = (nn.ReLU, nn.ReLU6)
 """Activations that are nothing but a limit of the range, so that a kernel has them for nothing."""
 MOVING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout)
 """What gives values that it was given."""
+
+Form = Literal["non_negative", "signed", "added"]
 
 
 def engine_config(
@@ -50,7 +52,7 @@ def engine_config(
     >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
     >>> net, config_list = engine_config(net, torch.zeros(1, 1, 4, 4), "onnxruntime")
     >>> [(entry["op_names"], entry["target_names"]) for entry in config_list]
-    [(['0', '4'], ['weight']), (['0'], ['_input_0']), (['2'], ['_output_0']), (['4'], ['_input_0'])]
+    [(['0', '4'], ['weight']), (['0'], ['_input_0']), (['4'], ['_input_0'])]
     """
     wishes = engine_of(engine).wishes
     model = copy.deepcopy(model).eval()
@@ -95,7 +97,7 @@ class _Config:
 
     model: fx.GraphModule
     wishes: Wishes
-    targets: dict[tuple[str, bool], list[str]] = field(default_factory=dict)
+    targets: dict[tuple[str, Form], list[str]] = field(default_factory=dict)
 
     def entries(self) -> list[dict[str, Any]]:
         """The config list."""
@@ -112,8 +114,7 @@ class _Config:
             elif isinstance(module, nn.Embedding) and name not in embeddings:
                 embeddings.append(name)
             elif isinstance(module, Add) and self.wishes.sums and self._joins_branches(node):
-                for position, operand in enumerate(node.all_input_nodes):
-                    self._add(name, f"_input_{position}", operand)
+                self._add_operands(node)
                 if self.wishes.convolution_outputs:
                     self._add_output(node)
         settings = {"weight": {"quant_dtype": "int8", "quant_scheme": "symmetric"}}
@@ -123,9 +124,9 @@ class _Config:
         if embeddings:
             rows = {"weight": {**settings["weight"], "granularity": [1, -1]}}
             entries.append({"op_names": embeddings, "target_names": ["weight"], "target_settings": rows})
-        for (target, non_negative), names in self.targets.items():
-            form = self.wishes.non_negative if non_negative else self.wishes.signed
-            entries.append({"op_names": names, "target_names": [target], "target_settings": {target: dict(form)}})
+        for (target, form), names in self.targets.items():
+            settings = {target: dict(getattr(self.wishes, form))}
+            entries.append({"op_names": names, "target_names": [target], "target_settings": settings})
         return entries
 
     def _calls(self) -> Iterator[tuple[fx.Node, nn.Module]]:
@@ -133,16 +134,74 @@ class _Config:
             if node.op == "call_module":
                 yield node, self.model.get_submodule(str(node.target))
 
-    def _add(self, name: str, target: str, value: fx.Node) -> None:
-        names = self.targets.setdefault((target, self._is_non_negative(value)), [])
+    def _add(self, name: str, target: str, value: fx.Node, form: Form | None = None) -> None:
+        form = form or ("non_negative" if self._is_non_negative(value) else "signed")
+        names = self.targets.setdefault((target, form), [])
         if name not in names:
             names.append(name)
 
+    def _add_operands(self, node: fx.Node) -> None:
+        """The operands of a sum. What a convolution gives to it may be an operand that the engine does not round."""
+        operands, added = node.all_input_nodes, None
+        fused = self._fused_operand(node) if self.wishes.fused_sums else None
+        if self.wishes.added is not None:
+            if not self._is_rounded(node):
+                return
+            added = next((value for value in operands if self._is_convolution_for(value, node)), None)
+        for position, operand in enumerate(operands):
+            if operand is not fused:
+                self._add(str(node.target), f"_input_{position}", operand, "added" if operand is added else None)
+
+    def _is_convolution_for(self, value: fx.Node, reader: fx.Node) -> bool:
+        return isinstance(self._module(value), _ConvNd) and set(value.users) == {reader}
+
+    def _is_rounded(self, node: fx.Node) -> bool:
+        """Whether all that reads a value rounds it."""
+        for user in node.users:
+            module = self._module(user)
+            if isinstance(module, (*MOVING, *RANGED)):
+                if not self._is_rounded(user):
+                    return False
+            elif not isinstance(module, (_ConvNd, nn.Linear)) and not (
+                isinstance(module, Add) and self._joins_branches(user) and self._is_rounded(user)
+            ):
+                return False
+        return bool(node.users)
+
     def _add_output(self, node: fx.Node) -> None:
         """The output, behind an activation that is nothing but a limit."""
+        if self._is_rounded_by_its_reader(node):
+            return
         users = list(node.users)
         behind = users[0] if len(users) == 1 and isinstance(self._module(users[0]), RANGED) else node
         self._add(str(behind.target), "_output_0", behind)
+
+    def _is_rounded_by_its_reader(self, node: fx.Node) -> bool:
+        """Whether an output has one reader that rounds it, or some behind a maximum.
+
+        An emitter puts that rounding right behind the output, where it changes nothing; a second one, whose scale a
+        quantizer may learn by itself, would be in the way.
+        """
+        readers: set[fx.Node] = set()
+        moved, found = False, [node]
+        while found:
+            for user in found.pop().users:
+                module = self._module(user)
+                if isinstance(module, (*MOVING, *RANGED)):
+                    moved = moved or isinstance(module, MOVING)
+                    found.append(user)
+                elif isinstance(module, (_ConvNd, nn.Linear)) or (
+                    isinstance(module, Add) and self.wishes.sums and self._joins_branches(user)
+                ):
+                    readers.add(user)
+                else:
+                    return False
+        return len(readers) == 1 or (moved and len(readers) > 1)
+
+    def _fused_operand(self, node: fx.Node) -> fx.Node | None:
+        """The operand of a sum whose convolution can do the sum as well: nothing else reads it."""
+        operands = [own for own in node.all_input_nodes if isinstance(self._module(own), _ConvNd)]
+        return next((own for own in operands if len(own.users) == 1), None)
 
     def _joins_branches(self, node: fx.Node) -> bool:
         """Whether a sum adds what convolutions made, and not a constant or tokens."""
@@ -160,7 +219,7 @@ class _Config:
         module = self._module(node)
         if isinstance(module, NON_NEGATIVE):
             return True
-        moves = isinstance(module, (*MOVING, nn.AdaptiveAvgPool2d, nn.AvgPool2d)) or (
+        moves = isinstance(module, (*MOVING, nn.AdaptiveAvgPool2d, nn.AvgPool2d, Mean)) or (
             node.op in ("call_function", "call_method") and _name(node) in ("flatten", "reshape", "view", "permute")
         )
         return moves and self._is_non_negative(node.all_input_nodes[0])

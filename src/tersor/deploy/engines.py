@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from tersor.deploy.engine import Engine
+from tersor.deploy.inductor import Inductor
 from tersor.deploy.onnx_runtime import OnnxRuntime
+from tersor.deploy.openvino import OpenVino
 from tersor.deploy.tensorrt import TensorRT
 from tersor.errors import InvalidValueError, nearest
 
 
 def engines() -> dict[str, type[Engine]]:
     """All engines by name, in the order in which ``auto`` prefers them."""
-    return {engine.name: engine for engine in (OnnxRuntime, TensorRT)}
+    return {engine.name: engine for engine in (OnnxRuntime, OpenVino, Inductor, TensorRT)}
 
 
-def engine_of(name: str) -> Engine:
+def engine_of(name: str, *, to_open: bool = False) -> Engine:
     """An engine by its name; ``auto`` is the first that is installed.
+
+    Args:
+        name: one of :func:`engines`, or ``auto``.
+        to_open: whether it has only to run what was built, which may need less.
 
     Raises:
         InvalidValueError: there is none of that name.
@@ -27,5 +33,5 @@ def engine_of(name: str) -> Engine:
         raise InvalidValueError(
             f"{name!r} is no engine", where="engine", legal=("auto", *known), remedy=nearest(name, known)
         )
-    known[name].require()
+    known[name].require(to_open=to_open)
     return known[name]()

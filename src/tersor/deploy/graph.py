@@ -31,6 +31,9 @@ class Graph:
         own = program.exported
         self.module = copy.deepcopy(own.graph_module)
         self._signature = copy.deepcopy(own.graph_signature)
+        inputs = (node for node in self.module.graph.nodes if node.op == "placeholder")
+        for spec, node in zip(self._signature.input_specs, inputs, strict=True):
+            spec.arg = replace(spec.arg, name=node.name)  # a copy calls "input" otherwise, as a word of Python
         self._state: dict[str, Any] = {**own.state_dict}
         self._constants: dict[str, Any] = {**own.constants}
 
@@ -95,6 +98,7 @@ class Graph:
         """
         self.graph.eliminate_dead_code()
         self._forget_unused()
+        self._rename_outputs()
         self.graph.lint()
         self.module.recompile()
         own = self._program.exported
@@ -109,6 +113,13 @@ class Graph:
             self._constants,
         )
         return replace(self._program, exported=exported, **changes)
+
+    def _rename_outputs(self) -> None:
+        """Say in the signature what the outputs are called now."""
+        values = self.graph.output_node().args[0]
+        for spec, value in zip(self._signature.output_specs, values, strict=True):  # pyright: ignore
+            if isinstance(value, fx.Node) and isinstance(spec.arg, TensorArgument):
+                spec.arg = TensorArgument(value.name)
 
     def _forget_unused(self) -> None:
         kept: list[InputSpec] = []

@@ -92,7 +92,7 @@ def write_program(program: Program, path: str | os.PathLike[str], *, opset: int 
     require_onnx()
     import onnx
 
-    from tersor.deploy.onnx_operators import pack_small_types, translations
+    from tersor.deploy.onnx_operators import name_by_module, pack_small_types, translations
 
     with replacing_file(path) as temporary, _quiet_exporter(), _traced_errors(type(program).__name__):
         exported = torch.onnx.export(
@@ -105,6 +105,7 @@ def write_program(program: Program, path: str | os.PathLike[str], *, opset: int 
         )
         assert exported is not None
         pack_small_types(exported.model)
+        name_by_module(exported.model)
         exported.save(temporary, external_data=False)
         onnx.checker.check_model(os.fspath(temporary))
     return Path(path)

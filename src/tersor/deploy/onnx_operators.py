@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -23,7 +25,7 @@ _NAMED = {
     "fp8_e4m3": ir.DataType.FLOAT8E4M3FN,
     "fp8_e5m2": ir.DataType.FLOAT8E5M2,
 }
-_PACKED = ("int4", "uint4")
+PACKED = ("int4", "uint4")
 
 
 def element_type(kind: str) -> ir.DataType:
@@ -52,24 +54,42 @@ def _quantize(
     x: Any, scale: Any, zero_point: Any, kind: str, low: float, high: float,
     axis: Optional[int] = None, block: Optional[int] = None,  # noqa: UP045
 ) -> Any:  # fmt: skip
+    """QuantizeLinear, and a limit on the stored numbers where their range is not all of the type's.
+
+    On stored numbers a limit is the same for all channels and blocks, is exact, costs next to nothing (a byte a value,
+    without arithmetic), and keeps no engine from fusing what stands in front of it.
+    """
+    q = op.QuantizeLinear(x, scale, _typed(zero_point, kind), **_place(axis, block))
     dtype = parse_dtype(kind)
-    if not isinstance(dtype, FloatDtype) and not _is_whole(dtype, low, high):
-        offset = op.Cast(zero_point, to=1)
-        least, most = (op.Mul(op.Sub(op.Constant(value_float=float(end)), offset), scale) for end in (low, high))
-        if axis is None:
-            x = op.Clip(x, least, most)
-    return op.QuantizeLinear(x, scale, _typed(zero_point, kind), **_place(axis, block))
+    if isinstance(dtype, FloatDtype) or _is_whole(dtype, low, high):
+        return q
+    wide = element_type(kind)
+    if wide.bitwidth == 8:
+        return op.Clip(q, *(op.Constant(value=ir.tensor(np.array(end, wide.numpy()))) for end in (low, high)))
+    ends = (op.Constant(value=ir.tensor(np.array(end, np.int32))) for end in (low, high))
+    return op.Cast(op.Clip(op.Cast(q, to=int(ir.DataType.INT32)), *ends), to=int(wide))
 
 
 def _dequantize(
     q: Any, scale: Any, zero_point: Any, kind: str,
     axis: Optional[int] = None, block: Optional[int] = None,  # noqa: UP045
 ) -> Any:  # fmt: skip
-    return op.DequantizeLinear(_typed(q, kind), scale, _typed(zero_point, kind), **_place(axis, block))
+    """DequantizeLinear. What is stored in four bits without blocks is read as bytes, since engines compute with these.
+
+    The engine widens such a constant once, when it opens the file.
+    """
+    q = _typed(q, kind)
+    if kind in PACKED and block is None:
+        kind = IntDtype(8).as_config()
+        q = op.Cast(q, to=int(element_type(kind)))
+        zero_point = op.Cast(zero_point, to=int(element_type(kind)))
+    return op.DequantizeLinear(q, scale, _typed(zero_point, kind), **_place(axis, block))
 
 
 def _typed(value: Any, kind: str) -> Any:
-    return op.Cast(value, to=int(element_type(kind))) if kind in _PACKED else value
+    """A value in the ONNX type of a kind; torch has fewer types and holds some in wider ones."""
+    wanted = element_type(kind)
+    return value if value.dtype == wanted else op.Cast(value, to=int(wanted))
 
 
 def _place(axis: int | None, block: int | None) -> dict[str, int]:
@@ -77,11 +97,10 @@ def _place(axis: int | None, block: int | None) -> dict[str, int]:
 
 
 def _is_whole(dtype: IntDtype, low: float, high: float) -> bool:
-    """Whether a range is all of the type's in ONNX, or but for its least number."""
-    wide = element_type(dtype.as_config())
-    bits = int(wide.bitwidth)
+    """Whether a range is all of what the type holds in ONNX."""
+    bits = int(element_type(dtype.as_config()).bitwidth)
     least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype.signed else (0, 2**bits - 1)
-    return low <= least + 1 and high >= most
+    return low <= least and high >= most
 
 
 def pack_small_types(model: ir.Model) -> None:
@@ -107,3 +126,34 @@ def pack_small_types(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         model.graph.initializers.pop(name)
+
+
+COMPUTING = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Attention", "LSTM", "GRU", "RNN"})
+"""Operators of ONNX that hold convolutions or products."""
+
+
+def name_by_module(model: ir.Model) -> None:
+    """Call each node after the module that it comes from, and leave out of the file where that module's code lies.
+
+    The first convolution or product of a module ``block.attn`` becomes ``block.attn/Gemm``, the second
+    ``block.attn/MatMul.2``; so engines' profiles name modules, and :func:`tersor.deploy.audit` can read them. What the
+    exporter writes beside would tell the paths of source files.
+    """
+    calls: dict[str, list[str]] = {}
+    taken: Counter[str] = Counter()
+    for node in model.graph:
+        said = node.metadata_props
+        scopes = ast.literal_eval(said.get("pkg.torch.onnx.name_scopes", "[]"))
+        module = str(scopes[-2]) if len(scopes) > 1 else ""
+        name = f"{module}/{node.op_type}"
+        if node.op_type in COMPUTING:
+            own = calls.setdefault(module, [])
+            call = said.get("pkg.torch.onnx.fx_node", name).partition(" ")[0]
+            if call not in own:
+                own.append(call)
+            name += f".{own.index(call) + 1}" if own.index(call) else ""
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
+        node.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()

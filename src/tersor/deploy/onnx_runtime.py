@@ -17,8 +17,9 @@ from tersor.config.dtypes import FloatDtype, QuantDtype
 from tersor.deploy.engine import UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import Graph
 from tersor.deploy.lowering import Fallback, Program
+from tersor.deploy.movement import dequantize_late, quantize_early
 from tersor.deploy.onnx import write_program
-from tersor.deploy.placement import join_twins, unsigned_activations
+from tersor.deploy.placement import gather_numbers, join_twins, products, unsigned_activations
 from tersor.errors import CheckpointError
 
 FLOATING = frozenset(
@@ -28,6 +29,13 @@ INTEGER = frozenset(
     {"QLinearConv", "ConvInteger", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat",
      "DynamicQuantizeMatMul", "QAttention", "MatMulNBits"}
 )  # fmt: skip
+
+DISABLED = ("MatMulAddFusion", "DoubleQDQPairsRemover")
+"""Optimizers of ONNX Runtime that are kept off.
+
+The first takes a product and the sum with its bias together, and then runs them in floating point. The second takes a
+value that is rounded twice, on two grids, for one that is rounded once, on a third grid: faster, and wrong.
+"""
 
 
 @final
@@ -50,8 +58,13 @@ class OnnxRuntime(Engine):
     def prepare(self, program: Program) -> tuple[Program, tuple[Fallback, ...]]:
         """Activations as uint8, each value quantized once."""
         graph = Graph(program)
-        join_twins(graph)
         unsigned_activations(graph)
+        join_twins(graph)
+        dequantize_late(graph)
+        quantize_early(graph)
+        join_twins(graph)
+        gather_numbers(graph)
+        products(graph)
         return graph.close(), ()
 
     def build(self, program: Program, folder: Path, options: Mapping[str, Any]) -> None:
@@ -74,8 +87,6 @@ class _Session(Session):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # A product and the sum with its bias stay two: together they would run in floating point.
-        disabled = ["MatMulAddFusion"]
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         if profiled:
@@ -83,7 +94,7 @@ class _Session(Session):
             options.profile_file_prefix = os.path.join(tempfile.gettempdir(), "tersor-profile")
         try:
             return onnxruntime.InferenceSession(
-                os.fspath(self._path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+                os.fspath(self._path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(DISABLED)
             )
         except Exception as error:
             raise CheckpointError(

@@ -7,23 +7,36 @@ from typing import Any
 import torch
 from torch import fx
 
-from tersor.config.dtypes import IntDtype
-from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, parameters_of, same_grid
-from tersor.deploy.operators import storage_type
+from tersor.config.dtypes import IntDtype, parse_dtype
+from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of, same_grid
+from tersor.deploy.movement import readers_of
+from tersor.deploy.operators import spread, storage_type
 
 UINT8 = IntDtype(8, signed=False)
+_ATEN = torch.ops.aten
+CONVOLUTIONS = frozenset({_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.convolution.default})
+LIMITS = frozenset({_ATEN.relu.default, _ATEN.relu6.default, _ATEN.clamp.default, _ATEN.hardtanh.default})
+POOLS = frozenset({_ATEN.max_pool1d.default, _ATEN.max_pool2d.default, _ATEN.max_pool3d.default})
 
 
 def join_twins(graph: Graph) -> None:
     """Quantize a value once where several readers have it on one grid, and not again where it lies on it already.
 
-    ``dequantize(quantize(dequantize(q)))`` on one grid is ``dequantize(q)``, exactly.
+    ``dequantize(quantize(dequantize(q)))`` on one grid is ``dequantize(q)``, exactly; a narrower range goes to the
+    first quantizer, where nothing else reads what that gives.
     """
     for node in graph.calls(QUANTIZE):
         source = node.args[0]
-        if isinstance(source, fx.Node) and source.target is DEQUANTIZE and _on_one_grid(graph, node, source):
-            node.replace_all_uses_with(source.args[0])  # pyright: ignore
-            graph.graph.erase_node(node)
+        if not isinstance(source, fx.Node) or source.target is not DEQUANTIZE or not _on_one_grid(graph, node, source):
+            continue
+        inner: Any = source.args[0]
+        low, high = max(node.args[4], inner.args[4]), min(node.args[5], inner.args[5])
+        if (low, high) != tuple(inner.args[4:6]):
+            if readers_of(inner) != [source] or readers_of(source) != [node]:
+                continue
+            inner.args = (*inner.args[:4], low, high, *inner.args[6:])
+        node.replace_all_uses_with(inner)
+        graph.graph.erase_node(node)
     for target in (QUANTIZE, DEQUANTIZE):
         first: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.calls(target):
@@ -37,16 +50,21 @@ def join_twins(graph: Graph) -> None:
 
 
 def unsigned_activations(graph: Graph) -> None:
-    """Store values as uint8 that are stored as int8: each number is larger by 128, and means the same."""
+    """Store values as uint8 whose numbers fit: each number of a signed type is larger by 128, and means the same.
+
+    Types below eight bits come along, with the range that they have: as values between layers they save nothing, and
+    engines compute with bytes. Weights stay as they are.
+    """
     for node in graph.calls(QUANTIZE):
         x, scale, zero_point, kind, low, high, *place = node.args
-        shift = graph.constant(zero_point)
-        if kind != "int8" or shift is None:
+        shift, dtype = graph.constant(zero_point), parse_dtype(kind)
+        if shift is None or not isinstance(dtype, IntDtype) or dtype.bits > UINT8.bits or dtype == UINT8:
             continue
-        shifted = graph.new_constant((shift.int() + 128).to(storage_type(UINT8)), f"{node.name}_zero_point")
+        by = 128 if dtype.signed else 0
+        shifted = graph.new_constant((shift.int() + by).to(storage_type(UINT8)), f"{node.name}_zero_point")
         with graph.graph.inserting_before(node):
             value = node.meta["val"].to(torch.uint8)
-            args = (x, scale, shifted, "uint8", low + 128, high + 128, *place)  # pyright: ignore
+            args = (x, scale, shifted, UINT8.as_config(), low + by, high + by, *place)  # pyright: ignore
             made = graph.call(QUANTIZE, args, node, value)
         for user in list(node.users):
             _change_reader(user, made, shifted)
@@ -54,18 +72,221 @@ def unsigned_activations(graph: Graph) -> None:
             graph.graph.erase_node(node)
 
 
+def gather_numbers(graph: Graph) -> None:
+    """Look up the stored numbers of a table, and dequantize what was found: not the whole table on each run."""
+    for node in graph.calls(_ATEN.embedding.default):
+        table, indices, *_ = node.args
+        if not isinstance(table, fx.Node) or table.target is not DEQUANTIZE or graph.constant(table.args[0]) is None:
+            continue
+        numbers, scale, zero_point, kind, axis, block = (*table.args, None, None)[:6]
+        rank, width = node.meta["val"].dim(), int(node.meta["val"].shape[-1])
+        with graph.graph.inserting_before(node):
+            found = _look_up(graph, numbers, indices, node)
+            if axis == 1 and block is None:
+                place = (rank - 1, None)
+            elif axis is not None:
+                scale, zero_point = (_look_up(graph, each, indices, node) for each in (scale, zero_point))
+                place = (rank - 1, block if axis == 1 else width)
+            else:
+                place = (None, None)
+            value = graph.call(DEQUANTIZE, (found, scale, zero_point, kind, *place), node)
+        node.replace_all_uses_with(value)
+        graph.graph.erase_node(node)
+
+
+def products(graph: Graph) -> None:
+    """Say a linear layer with stored weights as a product and a sum, its weights stored as the product reads them.
+
+    What reads three or more dimensions is a product in any engine. A bias then has as many dimensions as the output,
+    so that no engine takes product and bias for the product of two matrices that it computes in floating point.
+    """
+    for node in graph.calls(_ATEN.linear.default, _ATEN.addmm.default):
+        transposed = node.target is _ATEN.linear.default
+        x, weight, bias = (*node.args, None)[:3] if transposed else (*node.args[1:3], node.args[0])
+        if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE or node.kwargs:
+            continue
+        fake = node.meta["val"]
+        with graph.graph.inserting_before(node):
+            if transposed:
+                weight = _transposed(graph, weight)
+            value = graph.call(_ATEN.matmul.default, (x, weight), node)
+            if isinstance(bias, fx.Node):
+                held = graph.constant(bias)
+                if held is not None and held.dim() == 1 and fake.dim() > 2:
+                    bias = graph.new_constant(held.view(*(1,) * (fake.dim() - 1), -1), f"{bias.name}_row")
+                value = graph.call(_ATEN.add.Tensor, (value, bias), node)
+        node.replace_all_uses_with(value)
+        graph.graph.erase_node(node)
+
+
+def before_pools(graph: Graph) -> None:
+    """Quantize in front of a maximum pool and not behind it, so that it runs on small numbers.
+
+    Rounding keeps the order of values, so the greatest of them is the same before and after. Where the pool's value or
+    its input is also read as it is, nothing is gained, and they stay.
+    """
+    for pool in reversed(graph.calls(*POOLS)):
+        readers, source = list(pool.users), pool.args[0]
+        if not isinstance(source, fx.Node) or len(source.users) > 1 or source.meta["val"].dtype is not torch.float32:
+            continue
+        if any(reader.target is not QUANTIZE for reader in readers):
+            continue
+        scale, zero_point, kind, low, high, *place = parameters_of(readers[0])
+        ways = (scale, zero_point, kind, low, high)
+        if any(place) or not all(same_grid(graph, parameters_of(readers[0]), parameters_of(user)) for user in readers):
+            continue
+        with graph.graph.inserting_before(pool):
+            stored = source.meta["val"].to(readers[0].meta["val"].dtype)
+            made = graph.call(QUANTIZE, (source, *ways), source, stored)
+            value = graph.call(DEQUANTIZE, (made, scale, zero_point, kind), source)
+        pool.replace_input_with(source, value)
+        for reader in readers:
+            for user in list(reader.users):
+                assert user.target is DEQUANTIZE, f"{user} reads stored numbers"
+                user.replace_all_uses_with(pool)
+                graph.graph.erase_node(user)
+            graph.graph.erase_node(reader)
+
+
+def bytes_in_sums(graph: Graph) -> None:
+    """Store the convolution's operand of a sum as int8, that is int16 in the simulation.
+
+    OpenVINO adds to a convolution before it rounds: where a sum is rounded, what comes of the convolution is limited to
+    its range, and not rounded to its grid. It needs that grid all the same to add in the convolution's kernel. So the
+    simulation says 16 bits, which is as good as not rounded, and here the same range is said in 8 bits.
+    """
+    for node in graph.calls(QUANTIZE):
+        x, scale, zero_point, kind, _, high, *place = node.args
+        held, shift = graph.constant(scale), graph.constant(zero_point)
+        if kind != "int16" or any(place) or held is None or shift is None or bool(shift) or not _joins(node):
+            continue
+        wider = graph.new_constant(held * (float(high) / 127), f"{node.name}_scale")  # pyright: ignore
+        byte = graph.new_constant(shift.to(torch.int8), f"{node.name}_zero_point")
+        with graph.graph.inserting_before(node):
+            made = graph.call(QUANTIZE, (x, wider, byte, "int8", -128.0, 127.0), node, node.meta["val"].to(torch.int8))
+        for user in list(node.users):
+            user.args = (made, wider, byte, "int8")
+        graph.graph.erase_node(node)
+
+
+def _joins(node: fx.Node) -> bool:
+    """Whether a quantizer stands between a convolution and a sum with stored numbers that is rounded."""
+    source, readers = node.args[0], list(node.users)
+    if not isinstance(source, fx.Node) or source.target not in CONVOLUTIONS or len(source.users) > 1:
+        return False
+    sums = [user for reader in readers for user in reader.users]
+    if len(readers) != 1 or len(sums) != 1 or sums[0].target is not _ATEN.add.Tensor:
+        return False
+    if not all(isinstance(operand, fx.Node) and operand.target is DEQUANTIZE for operand in sums[0].args):
+        return False
+    total = sums[0]
+    while len(total.users) == 1 and (follower := next(iter(total.users))).target in LIMITS:
+        total = follower
+    kinds = {parse_dtype(str(user.args[3])) if user.target is QUANTIZE else None for user in total.users}
+    return len(total.users) == 1 and all(isinstance(kind, IntDtype) and kind.bits <= 8 for kind in kinds)
+
+
+def wide_in_float(graph: Graph) -> list[str]:
+    """Round what has 16 bits in floating-point operators, which give the same values; the modules where it was."""
+    places: list[str] = []
+    for node in graph.calls(QUANTIZE):
+        x, scale, zero_point, kind, low, high, *place = node.args
+        dtype = parse_dtype(str(kind))
+        held, shift = graph.constant(scale), graph.constant(zero_point)
+        if not isinstance(dtype, IntDtype) or dtype.bits <= 8 or any(place) or held is None or shift is None:
+            continue
+        with graph.graph.inserting_before(node):
+            least, most = (float(end) - float(shift) for end in (low, high))  # pyright: ignore
+            like: Any = x
+            value = graph.call(_ATEN.mul.Tensor, (x, float(1 / held)), like)
+            value = graph.call(_ATEN.round.default, (value,), like)
+            value = graph.call(_ATEN.clamp.default, (value, least, most), like)
+            value = graph.call(_ATEN.mul.Tensor, (value, float(held)), like)
+        for user in list(node.users):
+            user.replace_all_uses_with(value)
+            graph.graph.erase_node(user)
+        graph.graph.erase_node(node)
+        places.append(module_of(like))
+    return places
+
+
+def whole_ranges(graph: Graph) -> None:
+    """Store integers of less than 8 bits, and ranges that are less than their type's, in all of int8 or uint8.
+
+    What lies outside the range is limited before it is rounded, which gives the same numbers.
+    """
+    for node in graph.calls(QUANTIZE):
+        x, scale, zero_point, kind, low, high, *place = node.args
+        dtype = parse_dtype(str(kind))
+        own, shift = graph.constant(scale), graph.constant(zero_point)
+        if not isinstance(dtype, IntDtype) or dtype.bits > 8 or own is None or shift is None:
+            continue
+        whole = (-128, 127) if dtype.signed else (0, 255)
+        byte = IntDtype(8, dtype.signed).as_config()
+        if (low, high) != whole:
+            assert isinstance(x, fx.Node)
+            with graph.graph.inserting_before(node):
+                x = _limited(graph, x, own, shift, (low, high), place)
+        for user in list(node.users):
+            assert user.target is DEQUANTIZE, f"{user} reads stored numbers"
+            user.update_arg(3, byte)
+        node.args = (x, scale, zero_point, byte, *map(float, whole), *place)
+
+
+def _transposed(graph: Graph, weight: fx.Node) -> fx.Node:
+    """A matrix of stored numbers the other way round; where others read it too, it is turned while the model runs."""
+    numbers, scale, zero_point, kind, axis, block = (*weight.args, None, None)[:6]
+    held = graph.constant(numbers)
+    fake = weight.meta["val"].t()
+    if held is None or not isinstance(numbers, fx.Node) or set(numbers.users) != {weight}:
+        return graph.call(_ATEN.t.default, (weight,), weight, fake)
+    turned = graph.new_constant(held.t().contiguous(), f"{numbers.name}_turned")
+    if block is not None:
+        scale, zero_point = (_turned(graph, each) for each in (scale, zero_point))
+    place = (None if axis is None else 1 - axis, block)  # pyright: ignore
+    return graph.call(DEQUANTIZE, (turned, scale, zero_point, kind, *place), weight, fake)
+
+
+def _turned(graph: Graph, node: Any) -> fx.Node:
+    held = graph.constant(node)
+    assert held is not None
+    return graph.new_constant(held.t().contiguous(), f"{node.name}_turned")
+
+
+def _look_up(graph: Graph, table: Any, indices: Any, like: fx.Node) -> fx.Node:
+    """The rows of a constant of two dimensions; one of one dimension has rows of one element."""
+    held = graph.constant(table)
+    assert held is not None
+    if held.dim() == 1:
+        table = graph.new_constant(held[:, None].contiguous(), f"{table.name}_rows")
+        held = held[:, None]
+    value = like.meta["val"].new_empty((*like.meta["val"].shape[:-1], held.shape[1]), dtype=held.dtype)
+    return graph.call(_ATEN.embedding.default, (table, indices), like, value)
+
+
 def _change_reader(user: fx.Node, made: fx.Node, zero_point: fx.Node) -> None:
     assert user.target is DEQUANTIZE, f"{user} reads stored numbers"
     _, scale, _, _, *place = user.args
-    user.args = (made, scale, zero_point, "uint8", *place)
+    user.args = (made, scale, zero_point, UINT8.as_config(), *place)
 
 
 def _on_one_grid(graph: Graph, quantize: fx.Node, dequantize: fx.Node) -> bool:
-    """Whether a value is quantized again to the numbers that it comes from, whose range is no wider."""
-    scale, zero_point, kind, low, high, *place = (*parameters_of(quantize), None, None)[:7]
+    """Whether a value is quantized again to the numbers that it comes from, apart from the range."""
+    scale, zero_point, kind, _, _, *place = (*parameters_of(quantize), None, None)[:7]
     own: tuple[Any, ...] = (*parameters_of(dequantize), None, None)[:5]
     source = dequantize.args[0]
     if not isinstance(source, fx.Node) or source.target is not QUANTIZE:
         return False
-    inner = source.args[4:6]
-    return same_grid(graph, (scale, zero_point, kind, *place), own) and low <= inner[0] and inner[1] <= high  # pyright: ignore
+    return same_grid(graph, (scale, zero_point, kind, *place), own)
+
+
+def _limited(
+    graph: Graph, x: fx.Node, scale: torch.Tensor, zero_point: torch.Tensor, limits: tuple[Any, Any], place: list[Any]
+) -> fx.Node:
+    ends = [(limit - zero_point.float()) * scale for limit in limits]
+    if not place or place[0] is None:
+        return graph.call(torch.ops.aten.clamp.default, (x, *(float(end) for end in ends)), x)
+    axis, block = (*place, None)[:2]
+    like = torch.empty(tuple(1 if not isinstance(size, int) else size for size in x.meta["val"].shape))
+    held = [graph.new_constant(spread(end, like, axis, block), f"{x.name}_limit") for end in ends]
+    return graph.call(torch.ops.aten.clamp.Tensor, (x, *held), x)

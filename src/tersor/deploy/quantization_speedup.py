@@ -65,6 +65,7 @@ class QuantizationSpeedup:
 
     Attributes:
         report: None until :meth:`compile` has run.
+        program: what was compiled, before the engine's wishes; likewise.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class QuantizationSpeedup:
         self.threads, self.dynamic_batch = threads, dynamic_batch
         self.options = dict(options or {})
         self.report: DeployReport | None = None
+        self.program: Program | None = None
 
     def lower(self) -> Program:
         """The program, before the engine's wishes; its outputs are the simulation's."""
@@ -131,7 +133,7 @@ class QuantizationSpeedup:
             InvalidValueError: a type that the engine lacks.
             VerificationError: the outputs depart from the simulation's, or too little runs in int8.
         """
-        program = self.lower()
+        program = self.program = self.lower()
         fitted, lacking = fit_types(program, self.engine, self.unsupported)
         prepared, refused = self.engine.prepare(fitted)
         folder = Path(mkdtemp(prefix="tersor-"))
@@ -281,15 +283,15 @@ def quantized_contractions(program: Program) -> list[fx.Node]:
         node
         for node in program.exported.graph.nodes
         if node.target in CONTRACTIONS
-        and sum(_is_quantized(operand) for operand in node.args if isinstance(operand, fx.Node)) >= 2
+        and sum(source_of(operand).target is DEQUANTIZE for operand in node.args if isinstance(operand, fx.Node)) >= 2
     ]
 
 
-def _is_quantized(node: fx.Node) -> bool:
-    """Whether a value comes from stored numbers, through what only moves it."""
+def source_of(node: fx.Node) -> fx.Node:
+    """Where a value comes from, before what only moves it."""
     while node.op == "call_function" and node.target in _MOVEMENT:
         node = node.args[0]  # pyright: ignore
-    return node.target is DEQUANTIZE
+    return node
 
 
 _MOVEMENT = frozenset(

@@ -131,7 +131,7 @@ def in_floating_point(graph: Graph, node: fx.Node) -> None:
     if held is not None:
         assert scales is not None
         assert zeros is not None
-        values = dequantize(held, scales, zeros, kind, axis, block)  # pyright: ignore[reportArgumentType]
+        values = dequantize(held, scales, zeros, kind, axis, block)
         node.replace_all_uses_with(graph.new_constant(values, f"{node.name}_values"))
     else:
         assert isinstance(numbers, fx.Node)
@@ -143,8 +143,8 @@ def in_floating_point(graph: Graph, node: fx.Node) -> None:
 
 def _rounded(graph: Graph, quantizing: fx.Node, scales: Tensor | None, zeros: Tensor | None) -> fx.Node:
     """Quantize and dequantize in the operators of torch: the arithmetic is that of the simulation."""
-    x, scale, zero_point, kind, low, high, *place = quantizing.args
-    assert isinstance(x, fx.Node)
+    arguments: Any = quantizing.args
+    x, scale, zero_point, kind, low, high, *place = arguments
     axis, block = (*place, None, None)[:2]
     fake = x.meta["val"]
     if fake.dtype is not torch.float32:

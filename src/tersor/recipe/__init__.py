@@ -2,6 +2,8 @@
 
 from tersor.recipe.catalogue import Catalogue as Catalogue
 from tersor.recipe.catalogue import catalogue as catalogue
+from tersor.recipe.deployment import Deployed as Deployed
+from tersor.recipe.deployment import deploy as deploy
 from tersor.recipe.imports import import_object as import_object
 from tersor.recipe.prepare import Data as Data
 from tersor.recipe.prepare import Prepared as Prepared
@@ -11,6 +13,7 @@ from tersor.recipe.prepare import prepare as prepare
 from tersor.recipe.pruner import Algorithm as Algorithm
 from tersor.recipe.run import RunResult as RunResult
 from tersor.recipe.run import run_recipe as run_recipe
+from tersor.recipe.spec import Deployment as Deployment
 from tersor.recipe.spec import FineTuning as FineTuning
 from tersor.recipe.spec import ModelSource as ModelSource
 from tersor.recipe.spec import Output as Output

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from tersor.config import values
-from tersor.errors import ConfigError, InvalidValueError, nearest
+from tersor.errors import ConfigError, InvalidValueError, TersorError, nearest
 
 FORM = "package.module:callable"
 
@@ -56,6 +56,32 @@ def import_object(path: str, where: str = "") -> Callable[..., Any]:
     except Exception as error:
         raise _broken(path, where, error) from error
     return _callable_in(module, name, path, where)
+
+
+def call_object(path: str, where: str = "") -> Any:
+    """Import what an import path names, and call it without arguments.
+
+    Args:
+        path: ``package.module:callable``.
+        where: the place in the recipe, for errors.
+
+    Raises:
+        ConfigError: it cannot be imported, or fails.
+
+    >>> call_object("builtins:dict")
+    {}
+    """
+    function = import_object(path, where)
+    try:
+        return function()
+    except TersorError:
+        raise  # it says what is wrong
+    except Exception as error:
+        raise ConfigError(
+            f"{path!r} failed ({type(error).__name__}: {error}).",
+            where=where,
+            remedy="It is called without arguments; --traceback shows where it failed.",
+        ) from error
 
 
 def named_object(name: str, home: ModuleType, base: type, where: str) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from tersor.errors import ConfigError, ConflictError, InvalidValueError
 from tersor.graph.coupling import coupling_of
 from tersor.pruning import Pruner
 from tersor.pruning.learning import LearningPruner
-from tersor.recipe.imports import import_object, named_object
+from tersor.recipe.imports import call_object, named_object
 from tersor.recipe.pruner import SCHEDULE, Algorithm, check_length, find_algorithm, group
 from tersor.recipe.rounds import Narrated, Speedups
 from tersor.recipe.spec import FineTuning, Recipe
@@ -128,13 +128,13 @@ def build_model(path: str, checkpoint: str | None = None, where: str = "") -> nn
         where: the place of the path, for errors.
 
     Raises:
-        ConfigError: the function cannot be imported, or returns no module.
+        ConfigError: the function cannot be imported, fails, or returns no module.
         CheckpointError: the checkpoint does not fit.
 
     >>> build_model("torch.nn:ReLU")
     ReLU()
     """
-    model = import_object(path, where)()
+    model = call_object(path, where)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{path!r} returned {type(model).__name__}", where=where, legal=["a torch.nn.Module"])
     return model if checkpoint is None else load(model, checkpoint)
@@ -148,9 +148,9 @@ def build_data(path: str, where: str) -> Data:
         where: the place, for errors.
 
     Raises:
-        ConfigError: the function cannot be imported, or what it returns has no loaders.
+        ConfigError: the function cannot be imported, fails, or what it returns has no loaders.
     """
-    found = import_object(path, where)()
+    found = call_object(path, where)
     train, test = (getattr(found, name, MISSING) for name in ("train", "test"))
     if not isinstance(train, Iterable) or not (test is None or isinstance(test, Iterable)):
         raise ConfigError(

@@ -18,10 +18,12 @@ from tersor.analysis import Comparison, compare
 from tersor.checkpoint import load, save
 from tersor.config.values import is_activation
 from tersor.deploy import check_onnx, export_onnx, require_onnx
+from tersor.deploy.engines import engine_of
 from tersor.errors import CheckpointError
 from tersor.graph import Masks
 from tersor.pruning import Pruner, Round, Sparsity, correct_bias, reestimate_batch_norm
 from tersor.pruning.schedule import ScheduledPruner
+from tersor.recipe.deployment import Deployed, deploy_prepared
 from tersor.recipe.prepare import Prepared, prepare
 from tersor.recipe.rounds import ROUNDS_FILE, begin_rounds, forget_rounds, kept_round
 from tersor.recipe.spec import Recipe
@@ -44,7 +46,8 @@ class RunResult:
         speedups: for each time the model was made small, what became smaller, what was left alone, and the error of
             the small model against the masked one.
         comparison: the model before and after.
-        files: what was written, by ``checkpoint``, ``onnx``, ``report``.
+        deployed: the int8 artefact; None where the recipe asks for none.
+        files: what was written, by ``checkpoint``, ``onnx``, ``deployment``, ``report``.
         onnx_error: relative error of ONNX Runtime's outputs; None without an export.
         seconds: how long each stage took.
     """
@@ -55,6 +58,7 @@ class RunResult:
     rounds: tuple[Round, ...]
     speedups: tuple[SpeedupReport, ...]
     comparison: Comparison
+    deployed: Deployed | None
     files: dict[str, Path]
     onnx_error: float | None
     seconds: dict[str, float]
@@ -70,6 +74,7 @@ class RunResult:
                 {"error": report.error, "left_alone": [asdict(left) for left in report.left_alone]}
                 for report in self.speedups
             ],
+            "deployed": None if self.deployed is None else self.deployed.to_dict(),
             "files": {kind: str(path) for kind, path in self.files.items()},
             "onnx_error": self.onnx_error,
             "seconds": self.seconds,
@@ -94,6 +99,8 @@ def run_recipe(recipe: Recipe, *, progress: bool = True, console: Console | None
     """
     if recipe.output.onnx:
         require_onnx()
+    if recipe.deployment is not None:
+        engine_of(recipe.deployment.engine)  # refuse to begin what would end without it
     torch.manual_seed(recipe.seed)
     return _Run(recipe, Stages(console), progress).run()
 
@@ -152,6 +159,7 @@ class _Run:
             {"accuracy": {"before": before, "after": after}, "rounds": [asdict(of) for of in _rounds_of(pruner)]},
         )
         onnx_error = self._export(prepared)
+        deployed = self._deploy(prepared)
         comparison = self._compare(prepared, (before, after), sparsity)
         if prepared.algorithm.in_rounds:
             forget_rounds(self.rounds)
@@ -162,6 +170,7 @@ class _Run:
             rounds=_rounds_of(pruner),
             speedups=tuple(prepared.speedups.reports),
             comparison=comparison,
+            deployed=deployed,
             files=self.files,
             onnx_error=onnx_error,
             seconds=self.stage.seconds,
@@ -269,6 +278,16 @@ class _Run:
             error = check_onnx(self.files["onnx"], prepared.model, prepared.example_inputs)
             note(f"{self.files['onnx']}, relative error {error:.1g}")
         return error
+
+    def _deploy(self, prepared: Prepared) -> Deployed | None:
+        if self.recipe.deployment is None:
+            return None
+        with self.stage("deploy") as note:
+            deployed = deploy_prepared(self.recipe, prepared)
+            self.files["deployment"] = deployed.compiled.save(self.directory / "deployment")
+            report = deployed.compiled.report
+            note(f"{self.files['deployment']}, {report.int8} of {report.asked} products in int8 on {report.engine}")
+        return deployed
 
     def _compare(
         self, prepared: Prepared, accuracy: tuple[float | None, float | None], sparsity: tuple[Sparsity, ...]

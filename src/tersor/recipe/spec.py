@@ -8,6 +8,7 @@ pruning:
   config_list: [{op_types: [Conv2d], sparse_ratio: 0.5}]
   schedule: {pruner: AGPPruner, total_times: 4, speedup: true}
 fine_tuning: {epochs: 3, optimizer: SGD, learning_rate: 0.01}
+deployment: {engine: openvino}
 output: {directory: runs/resnet, onnx: true}
 """
 
@@ -23,6 +24,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, PlainValidator
 
 from tersor.config import Entry, parse_config_list, read_config_file, values
 from tersor.config.specs import Parsed
+from tersor.deploy import engines
 from tersor.errors import InvalidValueError
 from tersor.recipe.imports import import_path
 
@@ -60,6 +62,10 @@ def _device(value: object) -> str:
         return str(torch.device(str(value)))
     except RuntimeError:
         raise InvalidValueError(f"{value!r} is no device.", legal=["cpu", "cuda", "cuda:1", "..."]) from None
+
+
+def _engine(value: object) -> str:
+    return values.choice(value, ("auto", *engines()))
 
 
 def _entries(value: Any) -> tuple[Entry, ...]:
@@ -216,6 +222,22 @@ class Output(Parsed):
     batch_sizes: Annotated[tuple[int, ...] | None, _optional(_batch_sizes)] = None
 
 
+class Deployment(Parsed):
+    """An int8 artefact of the small model for an inference engine, in ``deployment/``, calibrated without training.
+
+    Attributes:
+        engine: its name; ``auto`` is the first that is installed.
+        calibration_batches: how many batches of the training data the ranges are taken from.
+        threads: of the engine; None leaves it to the engine.
+        on_failure: ``error`` or ``warn`` where the artefact departs from the simulation, or runs too little in int8.
+    """
+
+    engine: Annotated[str, PlainValidator(_engine)] = "auto"
+    calibration_batches: Annotated[int, PlainValidator(partial(values.whole, kind="number of batches", low=1))] = 8
+    threads: Annotated[int | None, _optional(partial(values.whole, kind="number of threads", low=1))] = None
+    on_failure: Annotated[Literal["error", "warn"], _one_of("error", "warn")] = "error"
+
+
 class Recipe(Parsed):
     """A whole run. Paths in it are taken from the current folder.
 
@@ -227,6 +249,7 @@ class Recipe(Parsed):
         pruning: how the model is pruned.
         recovery: repairs without training, right after the pruning; None leaves them out.
         fine_tuning: how it is trained meanwhile.
+        deployment: an int8 artefact of what came of it; None leaves it out.
         output: what the run leaves behind.
         seed: of all random numbers.
         device: where the model is trained and measured.
@@ -245,6 +268,7 @@ class Recipe(Parsed):
     pruning: Annotated[Pruning, _part(Pruning)]
     recovery: Annotated[Recovery | None, _optional_part(Recovery)] = None
     fine_tuning: Annotated[FineTuning, _part(FineTuning)] = FineTuning()
+    deployment: Annotated[Deployment | None, _optional_part(Deployment)] = None
     output: Annotated[Output, _part(Output)] = Output()
     seed: Annotated[int, PlainValidator(partial(values.whole, kind="seed", low=0))] = 0
     device: Annotated[str, PlainValidator(_device)] = "cpu"

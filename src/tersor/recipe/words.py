@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tersor.config import PruningSpec
+from tersor.deploy import engines
 from tersor.pruning.learning import LearningPruner
 from tersor.pruning.schedule import ScheduledPruner
 from tersor.recipe.arguments import arguments_of
@@ -29,6 +30,10 @@ def describe(recipe: Recipe, prepared: Prepared) -> dict[str, str]:
         parts = ["batch norms are measured anew"] * recovery.batch_norm + ["biases are corrected"] * recovery.bias
         told["recovery"] = f"{' and '.join(parts)}, over {_many(recovery.batches, 'batch')}"
     told["fine-tuning"] = _tuning(recipe, prepared)
+    if (asked := recipe.deployment) is not None:
+        engine = "the first engine that is installed" if asked.engine == "auto" else engines()[asked.engine].title
+        batches = _many(asked.calibration_batches, "batch")
+        told["deployment"] = f"int8 on {engine}, calibrated on {batches} of the training data"
     return told
 
 

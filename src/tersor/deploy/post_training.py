@@ -1,0 +1,36 @@
+"""From a trained model to one that is quantized as an engine wants it, in one call and without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from tersor.deploy.engine_targets import engine_config
+from tersor.quantization import PtqQuantizer
+
+
+def post_training(
+    model: nn.Module, example_inputs: Any, calibration: Iterable[Any], engine: str = "auto"
+) -> PtqQuantizer:
+    """Quantize a copy of a model as an engine wants it: :func:`engine_config`, then :class:`PtqQuantizer`.
+
+    Args:
+        model: trained; it is left as it was.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+        calibration: batches like those of training, whose targets are not looked at; some hundred samples.
+        engine: see :func:`tersor.deploy.engines`.
+
+    Returns:
+        The finished quantizer, to be given to :class:`tersor.deploy.QuantizationSpeedup`.
+
+    Raises:
+        TraceError: the model cannot be traced.
+        InvalidValueError: an unknown engine, or no batch.
+        MissingExtraError: the engine is not installed.
+    """
+    network, config_list = engine_config(model, example_inputs, engine)
+    quantizer = PtqQuantizer(network, config_list, calibration=calibration, example_inputs=example_inputs)
+    quantizer.compress()
+    return quantizer
