@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ def bytes_in_sums(graph: Graph) -> None:
     for node in graph.calls(QUANTIZE):
         x, scale, zero_point, kind, _, high, *place = node.args
         held, shift = graph.constant(scale), graph.constant(zero_point)
-        if kind != "int16" or any(place) or held is None or shift is None or bool(shift) or not _joins(node):
+        if kind != "int16" or any(place) or held is None or shift is None or bool(shift) or not joins_sum(node):
             continue
         wider = graph.new_constant(held * (float(high) / 127), f"{node.name}_scale")  # pyright: ignore
         byte = graph.new_constant(shift.to(torch.int8), f"{node.name}_zero_point")
@@ -168,7 +169,7 @@ def bytes_in_sums(graph: Graph) -> None:
         graph.graph.erase_node(node)
 
 
-def _joins(node: fx.Node) -> bool:
+def joins_sum(node: fx.Node) -> bool:
     """Whether a quantizer stands between a convolution and a sum with stored numbers that is rounded."""
     source, readers = node.args[0], list(node.users)
     if not isinstance(source, fx.Node) or source.target not in CONVOLUTIONS or len(source.users) > 1:
@@ -185,18 +186,23 @@ def _joins(node: fx.Node) -> bool:
     return len(total.users) == 1 and all(isinstance(kind, IntDtype) and kind.bits <= 8 for kind in kinds)
 
 
-def wide_in_float(graph: Graph) -> list[str]:
-    """Round what has 16 bits in floating-point operators, which give the same values; the modules where it was."""
+def round_in_float(graph: Graph, wanted: Callable[[fx.Node], bool]) -> list[str]:
+    """Round some values in floating-point operators, which give the same values; the modules where that was.
+
+    Args:
+        graph: changed in place.
+        wanted: whether a quantizer is meant.
+    """
     places: list[str] = []
     for node in graph.calls(QUANTIZE):
         x, scale, zero_point, kind, low, high, *place = node.args
-        dtype = parse_dtype(str(kind))
         held, shift = graph.constant(scale), graph.constant(zero_point)
-        if not isinstance(dtype, IntDtype) or dtype.bits <= 8 or any(place) or held is None or shift is None:
+        whole = isinstance(parse_dtype(str(kind)), IntDtype)
+        if not whole or any(place) or held is None or shift is None or not wanted(node):
             continue
+        like: Any = x
+        least, most = (float(end) - float(shift) for end in (low, high))  # pyright: ignore
         with graph.graph.inserting_before(node):
-            least, most = (float(end) - float(shift) for end in (low, high))  # pyright: ignore
-            like: Any = x
             value = graph.call(_ATEN.mul.Tensor, (x, float(1 / held)), like)
             value = graph.call(_ATEN.round.default, (value,), like)
             value = graph.call(_ATEN.clamp.default, (value, least, most), like)
@@ -207,6 +213,12 @@ def wide_in_float(graph: Graph) -> list[str]:
         graph.graph.erase_node(node)
         places.append(module_of(like))
     return places
+
+
+def is_wide(node: fx.Node) -> bool:
+    """Whether a quantizer gives more than 8 bits."""
+    dtype = parse_dtype(str(node.args[3]))
+    return isinstance(dtype, IntDtype) and dtype.bits > 8
 
 
 def whole_ranges(graph: Graph) -> None:
