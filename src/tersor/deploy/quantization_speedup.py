@@ -23,12 +23,12 @@ from tersor.deploy.graph import DEQUANTIZE, QUANTIZE
 from tersor.deploy.lowering import Program, lower
 from tersor.deploy.plain import plain_copy
 from tersor.deploy.structure import Signature
+from tersor.deploy.unsupported import Unsupported, without_lacking_types
 from tersor.errors import InvalidValueError, VerificationError
 from tersor.graph.inputs import evaluating, named_tensors, tensors_of
 from tersor.quantization.base import CalibrationConfig
 
 OnFailure = Literal["error", "warn"]
-Unsupported = Literal["error", "float", "widen"]
 FLOOR_MARGIN = 6.0
 """So many dB below what the simulation has against itself an artefact may lie."""
 
@@ -130,7 +130,8 @@ class QuantizationSpeedup:
             InvalidValueError: a type that the engine lacks.
             VerificationError: the outputs depart from the simulation's, or too little runs in int8.
         """
-        program = self.program = self.lower()
+        program, unlike = without_lacking_types(self.lower(), self.engine, self.unsupported)
+        self.program = program
         prepared, lacking = self.engine.prepare(program)
         folder = Path(mkdtemp(prefix="tersor-"))
         self.engine.build(prepared, folder, self.options)
@@ -143,7 +144,7 @@ class QuantizationSpeedup:
             size_of(folder),
             sum(tensor.numel() * tensor.element_size() for tensor in named_tensors(source).values()),
             asked=len(quantized_contractions(program)),
-            fallbacks=(*program.fallbacks, *lacking),
+            fallbacks=(*program.fallbacks, *unlike, *lacking),
         )
         compiled = CompiledModel(
             self.engine.name, folder, signature, report, threads=self.threads, options=self.options
