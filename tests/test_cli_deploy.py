@@ -77,7 +77,8 @@ def test_inspect_shows_the_record_of_a_deployment(deployed):
     assert "QLinearConv" in run("inspect", deployed[1]).stdout
 
 
-def test_compare_takes_a_deployment(deployed):
+def test_compare_takes_a_deployment(deployed, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: model)  # whose compiler takes its time
     result = run("compare", f"{TOY}:net", deployed[1], *DATA, "--json")
     names = [own["name"] for own in json.loads(result.stdout)["side_by_side"]["ways"]]
     assert names[0] == "eager fp32"
@@ -106,12 +107,16 @@ def test_a_calibration_beside_the_checkpoint_is_used_and_json_is_all_that_is_pri
     assert document["report"]["asked"] == 0
 
 
-def test_smaller_models_are_built_from_the_original(tmp_path):
+def test_smaller_models_are_held_against_the_original(tmp_path, monkeypatch):
+    def slower(before, after, example_inputs, engine, *, threads):
+        return (f"{before.conv1.out_channels} to {after.conv1.out_channels} with {threads} threads on {engine}",)
+
+    monkeypatch.setattr("tersor.recipe.deployment.slower_layers", slower)
     save(TwoConvolutions(4), tmp_path / "small")
-    result = run("deploy", tmp_path / "small", *BUILD, *DATA, "--engine", "onnxruntime", "--json")
+    result = run("deploy", tmp_path / "small", *BUILD, *DATA, "--engine", "onnxruntime", "--threads", 1)
     assert result.exit_code == 0, result.stderr
-    weights = 4 * 9 + 4 * 4 * 9
-    assert json.loads(result.stdout)["report"]["float_bytes"] < 4 * (weights + 8 * 4 + 8) + 100
+    assert "8 to 4 with 1 threads on onnxruntime" in result.stdout
+    assert CompiledModel.load(tmp_path / "small-onnxruntime").report.int8 == 2
 
 
 @pytest.mark.parametrize(
@@ -128,7 +133,7 @@ def test_smaller_models_are_built_from_the_original(tmp_path):
         ),
         (("MODEL", *BUILD, "--data", f"{TOY}:empty_data"), "--data: 'tests.deploy.toy:empty_data' gave no batch."),
         (("MODEL", "--build", "torch.nn:ReLU", *DATA), "is the checkpoint of another model"),
-        (("MODEL", *BUILD, *DATA, "--calibration", "nowhere.safetensors"), "nowhere.safetensors: cannot be read"),
+        (("MODEL", *BUILD, *DATA, "--calibration", "nowhere.safetensors"), "nowhere.safetensors: there is no such file."),
         (("MODEL", *BUILD, *DATA, "--out", "src"), "src: is there and holds something else. Name a new folder."),
     ],
 )
@@ -163,5 +168,6 @@ def test_damaged_deployments(deployed, tmp_path):
         assert "model.onnx: is damaged: its checksum is another one" in result.stderr
     (tmp_path / "deployment.json").write_text("{}")
     assert "is no record of a deployment" in run("inspect", tmp_path).stderr
+    assert "is a deployment, which has no groups" in run("inspect", deployed[1], "--groups").stderr
     result = run("deploy", deployed[1], *BUILD, *DATA)
     assert "is a deployment: a file for an engine" in result.stderr
