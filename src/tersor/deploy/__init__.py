@@ -16,3 +16,6 @@ from tersor.deploy.record import read_deployment as read_deployment
 from tersor.deploy.side_by_side import SideBySide as SideBySide
 from tersor.deploy.side_by_side import side_by_side as side_by_side
 from tersor.deploy.smaller import slower_layers as slower_layers
+from tersor.deploy.weight_only import WeightReport as WeightReport
+from tersor.deploy.weight_only import save_compressed_tensors as save_compressed_tensors
+from tersor.deploy.weight_only import save_gguf as save_gguf
