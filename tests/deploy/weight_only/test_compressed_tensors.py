@@ -9,6 +9,7 @@ from torch import nn
 
 from tersor.deploy.weight_only import save_compressed_tensors
 from tersor.errors import (
+    CheckpointError,
     ConflictError,
     InvalidValueError,
     MissingExtraError,
@@ -261,3 +262,16 @@ def test_an_older_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypat
 def _fail(self, folder, **_):
     (folder / "config.json").write_text("{}")
     raise VerificationError("half way")
+
+
+def test_numbers_that_do_not_follow_from_latent_weights_are_refused(tmp_path):
+    model = make()
+    quantizer = PtqQuantizer(model, [entry("int4", granularity=None)])
+    _, calibration = quantizer.compress()
+    quantizer.unwrap_model()
+    as_dorefa = {
+        module: {"weight": {**targets["weight"], "magnitude": torch.tensor(1.0)}}
+        for module, targets in calibration.items()
+    }
+    with pytest.raises(CheckpointError, match="the weights are latent"):
+        save_compressed_tensors(model, tmp_path / "model", as_dorefa)
