@@ -94,12 +94,13 @@ def accuracy_items() -> list[Item]:
     """NNCF's rows and Tersor's, with every seed, of the networks that have real weights; the first seed first."""
     rows = {name: row for name, row in ROWS.items() if row.base is None and not row.half}
     rows = {name: row for name, row in rows.items() if row.kind == "tersor" or name.startswith("NNCF")}
-    found = [Item(name, "torch eager fp32", 0) for name, network in NETWORKS.items() if network.measure]
+    found: list[Item] = []
     for name, network in NETWORKS.items():
         halves = (0, 1) if network.classifies else (0,)
         for row, of in rows.items():
             if network.measure and of.fits(network):
                 found += [Item(name, row, seed, half) for seed in range(SEEDS) for half in halves]
+        found += [Item(name, "torch eager fp32", 0, half) for half in halves if network.measure]
     return sorted(found, key=lambda item: item.seed or 0)
 
 
