@@ -22,9 +22,9 @@ from tersor.deploy.onnx import write_program
 from tersor.deploy.placement import (
     before_pools,
     bytes_in_sums,
+    is_added_unrounded,
     is_wide,
     join_twins,
-    joins_sum,
     round_in_float,
     whole_ranges,
 )
@@ -73,7 +73,7 @@ class OpenVino(Engine):
         """
         graph = Graph(program)
         join_twins(graph)
-        skipped = round_in_float(graph, lambda node: joins_sum(node) and not is_wide(node))
+        skipped = round_in_float(graph, lambda node: is_added_unrounded(node) and not is_wide(node))
         bytes_in_sums(graph)
         before_pools(graph)
         wide = round_in_float(graph, is_wide)
