@@ -188,6 +188,8 @@ def is_added_unrounded(node: fx.Node) -> bool:
     if not joins_sum(node):
         return False
     total = _sum_of(node)
+    if not is_wide(node) and any(_is_wide_value(operand) for operand in total.args):
+        return False  # one operand is added unrounded, and that is the other one
     while len(total.users) == 1 and _runs_in_kernel(follower := next(iter(total.users))):
         total = follower
     return len(total.users) == 1 and all(user.target is QUANTIZE and not is_wide(user) for user in total.users)
@@ -201,6 +203,12 @@ def _meets_numbers(total: fx.Node) -> bool:
         if not isinstance(operand, fx.Node) or operand.target is not DEQUANTIZE:
             return False
     return True
+
+
+def _is_wide_value(node: Any) -> bool:
+    """Whether a value comes from numbers of more than 8 bits that would be added unrounded."""
+    source = node.args[0] if isinstance(node, fx.Node) and node.target is DEQUANTIZE else None
+    return isinstance(source, fx.Node) and source.target is QUANTIZE and is_wide(source) and joins_sum(source)
 
 
 def _sum_of(node: fx.Node) -> fx.Node:
