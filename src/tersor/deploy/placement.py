@@ -161,7 +161,7 @@ def bytes_in_sums(graph: Graph) -> None:
         held, shift = graph.constant(scale), graph.constant(zero_point)
         if kind != "int16" or any(place) or held is None or shift is None or bool(shift):
             continue
-        if not joins_sum(node) or not _is_rounded_sum(node):
+        if not is_added_unrounded(node) or not _meets_numbers(_sum_of(node)):
             continue
         wider = graph.new_constant(held * (float(high) / 127), f"{node.name}_scale")  # pyright: ignore
         byte = graph.new_constant(shift.to(torch.int8), f"{node.name}_zero_point")
@@ -183,17 +183,37 @@ def joins_sum(node: fx.Node) -> bool:
     return len(readers) == 1 and len(sums) == 1 and sums[0].target is _ATEN.add.Tensor
 
 
-def _is_rounded_sum(node: fx.Node) -> bool:
-    """Whether what a quantizer gives to a sum meets stored numbers there, and the sum becomes stored numbers."""
-    total = next(iter(next(iter(node.users)).users))
+def is_added_unrounded(node: fx.Node) -> bool:
+    """Whether OpenVINO leaves out what a quantizer does: it joins a sum, and one quantizer reads the sum."""
+    if not joins_sum(node):
+        return False
+    total = _sum_of(node)
+    if not is_wide(node) and any(_is_wide_value(operand) for operand in total.args):
+        return False  # one operand is added unrounded, and that is the other one
+    while len(total.users) == 1 and _runs_in_kernel(follower := next(iter(total.users))):
+        total = follower
+    return len(total.users) == 1 and all(user.target is QUANTIZE and not is_wide(user) for user in total.users)
+
+
+def _meets_numbers(total: fx.Node) -> bool:
+    """Whether both operands of a sum are stored numbers, moved or limited maybe."""
     for operand in total.args:
         while isinstance(operand, fx.Node) and operand.target in LIMITS | POOLS:
             operand = operand.args[0]
         if not isinstance(operand, fx.Node) or operand.target is not DEQUANTIZE:
             return False
-    while len(total.users) == 1 and (follower := next(iter(total.users))).target in LIMITS:
-        total = follower
-    return len(total.users) == 1 and all(user.target is QUANTIZE and not is_wide(user) for user in total.users)
+    return True
+
+
+def _is_wide_value(node: Any) -> bool:
+    """Whether a value comes from numbers of more than 8 bits that would be added unrounded."""
+    source = node.args[0] if isinstance(node, fx.Node) and node.target is DEQUANTIZE else None
+    return isinstance(source, fx.Node) and source.target is QUANTIZE and is_wide(source) and joins_sum(source)
+
+
+def _sum_of(node: fx.Node) -> fx.Node:
+    """The sum that a quantizer joins."""
+    return next(iter(next(iter(node.users)).users))
 
 
 def _runs_in_kernel(node: fx.Node) -> bool:
