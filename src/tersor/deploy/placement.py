@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
-from tersor.config.dtypes import IntDtype, parse_dtype
-from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of, same_grid
+from tersor.config.dtypes import FloatDtype, IntDtype, parse_dtype
+from tersor.deploy.graph import CHOOSE, DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of, same_grid
 from tersor.deploy.movement import readers_of
 from tersor.deploy.operators import spread, storage_type
 
@@ -70,6 +71,21 @@ def unsigned_activations(graph: Graph) -> None:
             _change_reader(user, made, shifted)
         if not node.users:
             graph.graph.erase_node(node)
+
+
+def fixed_zero_points(graph: Graph) -> None:
+    """Take the zero point of a symmetric type, which no range changes, for the constant that it is."""
+    for choice in graph.calls(CHOOSE):
+        _, kind, scheme, low, high, *_ = choice.args
+        if scheme != "symmetric":
+            continue
+        dtype = parse_dtype(kind)
+        middle = 0 if isinstance(dtype, FloatDtype) else (high - low + 1) // 2 + low  # pyright: ignore
+        for user in list(choice.users):
+            if user.target is operator.getitem and user.args[1] == 1 and user.meta["val"].dim() == 0:
+                value = torch.tensor(float(middle)).to(storage_type(dtype))
+                user.replace_all_uses_with(graph.new_constant(value, f"{choice.name}_zero_point"))
+                graph.graph.erase_node(user)
 
 
 def gather_numbers(graph: Graph) -> None:

@@ -70,7 +70,7 @@ def without_lacking_types(
             assert wide is not None
             _widen(graph, node, place, wide)
         elif node.target is not CHOOSE:
-            _in_floating_point(graph, node)
+            in_floating_point(graph, node)
     return graph.close(targets=targets), tuple(fallbacks)
 
 
@@ -115,7 +115,7 @@ def _widen(graph: Graph, node: fx.Node, place: int, wide: QuantDtype) -> None:
         node.meta["val"] = (node.meta["val"][0], node.meta["val"][1].to(held))
 
 
-def _in_floating_point(graph: Graph, node: fx.Node) -> None:
+def in_floating_point(graph: Graph, node: fx.Node) -> None:
     """Say a quantizer or a dequantizer in operators of floating point: of a constant, by its values."""
     if node.target is DEQUANTIZE:
         held = [graph.constant(argument) for argument in node.args[:3]]
