@@ -19,7 +19,14 @@ from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, module_of
 from tersor.deploy.lowering import Fallback, Program
 from tersor.deploy.movement import dequantize_late, quantize_early
 from tersor.deploy.onnx import write_program
-from tersor.deploy.placement import fixed_zero_points, gather_numbers, join_twins, products, unsigned_activations
+from tersor.deploy.placement import (
+    fixed_zero_points,
+    gather_numbers,
+    integer_biases,
+    join_twins,
+    products,
+    unsigned_activations,
+)
 from tersor.deploy.unsupported import in_floating_point
 from tersor.errors import CheckpointError
 
@@ -31,12 +38,13 @@ INTEGER = frozenset(
      "DynamicQuantizeMatMul", "QAttention", "MatMulNBits"}
 )  # fmt: skip
 
-DISABLED = ("MatMulAddFusion", "DoubleQDQPairsRemover", "ReluQuantRewrite")
+DISABLED = ("MatMulAddFusion", "DoubleQDQPairsRemover", "ReluQuantRewrite", "WeightBiasQuantization")
 """Optimizers of ONNX Runtime that are kept off.
 
 The first takes a product and the sum with its bias together, and then runs them in floating point. The second takes a
 value that is rounded twice, on two grids, for one that is rounded once, on a third grid: faster, and wrong. The third
-takes a ReLU for done where floats of eight bits follow, which do have negative values. Whoever opens the file without
+takes a ReLU for done where floats of eight bits follow, which do have negative values. The fourth rounds
+weights to int8 that nobody asked to round. Whoever opens the file without
 Tersor finds the list in its metadata (``session.get_modelmeta().custom_metadata_map``) and gives it as
 ``InferenceSession(..., disabled_optimizers=...)``.
 """
@@ -70,6 +78,7 @@ class OnnxRuntime(Engine):
         dequantize_late(graph)
         quantize_early(graph)
         join_twins(graph)
+        integer_biases(graph)
         gather_numbers(graph)
         products(graph)
         return graph.close(), fallbacks

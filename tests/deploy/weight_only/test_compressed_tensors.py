@@ -167,13 +167,18 @@ def test_scales_of_inputs_are_left_out_with_a_warning(tmp_path):
 def test_tied_and_foreign_weights_are_errors_or_floats(tmp_path):
     everything = {**entry(), "op_types": ["Linear", "Embedding"]}
     del everything["exclude_op_names"]
-    with pytest.raises(InvalidValueError, match=r"cannot store it: .*(embed_tokens|lm_head).* as well.*exclude_op_names"):
+    with pytest.raises(
+        InvalidValueError, match=r"cannot store it: .*(embed_tokens|lm_head).* as well.*exclude_op_names"
+    ):
         save(make(tie_word_embeddings=True), [{**everything, "op_types": ["Linear"]}], tmp_path / "model")
     with pytest.raises(InvalidValueError, match=r"embed_tokens\.weight: .*but of Embedding"):
         save(make(), [everything], tmp_path / "model")
     assert not (tmp_path / "model").exists()
     report, simulated = save(
-        make(tie_word_embeddings=True), [{**everything, "op_types": ["Linear"]}], tmp_path / "model", unsupported="float"
+        make(tie_word_embeddings=True),
+        [{**everything, "op_types": ["Linear"]}],
+        tmp_path / "model",
+        unsupported="float",
     )
     assert torch.equal(logits(load(tmp_path / "model")), simulated)
     assert len(report.quantized) == 14
