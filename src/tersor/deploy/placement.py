@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from tersor.config.dtypes import IntDtype, parse_dtype
-from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of, same_grid
+from tersor.config.dtypes import FloatDtype, IntDtype, parse_dtype
+from tersor.deploy.graph import CHOOSE, DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of, same_grid
 from tersor.deploy.movement import readers_of
 from tersor.deploy.operators import spread, storage_type
 
@@ -71,6 +72,58 @@ def unsigned_activations(graph: Graph) -> None:
             _change_reader(user, made, shifted)
         if not node.users:
             graph.graph.erase_node(node)
+
+
+def fixed_zero_points(graph: Graph) -> None:
+    """Take the zero point of a symmetric type, which no range changes, for the constant that it is."""
+    for choice in graph.calls(CHOOSE):
+        _, kind, scheme, low, high, *_ = choice.args
+        if scheme != "symmetric":
+            continue
+        dtype = parse_dtype(kind)
+        middle = 0 if isinstance(dtype, FloatDtype) else (high - low + 1) // 2 + low  # pyright: ignore
+        for user in list(choice.users):
+            if user.target is operator.getitem and user.args[1] == 1 and user.meta["val"].dim() == 0:
+                value = torch.tensor(float(middle)).to(storage_type(dtype))
+                user.replace_all_uses_with(graph.new_constant(value, f"{choice.name}_zero_point"))
+                graph.graph.erase_node(user)
+
+
+def integer_biases(graph: Graph) -> None:
+    """Store the biases of convolutions as the integer kernels add them: in steps of both scales' product.
+
+    The one pass that changes values, by half a step of a sum of products at most: a thousandth of what the rounding of
+    one input does. A kernel would do it anyway, and engines that are told nothing leave the layer in floating point.
+    """
+    for node in graph.calls(_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default):
+        x, weight, bias = (*node.args[:3], None)[:3]
+        held = graph.constant(bias)
+        operands = [each for each in (x, weight) if isinstance(each, fx.Node) and each.target is DEQUANTIZE]
+        if held is None or len(operands) < 2 or any(part for part in (*operands[0].args[4:], *operands[1].args[4:])):
+            continue
+        scales = [graph.constant(each.args[1]) for each in operands]
+        if scales[0] is None or scales[1] is None or scales[0].dim() or not _are_bytes(operands):
+            continue
+        scale = (scales[0] * scales[1]).expand(held.shape).contiguous()
+        numbers = (held.double() / scale.double()).round()
+        if not float(numbers.abs().max()) < 2**31:
+            continue
+        name = bias.name  # pyright: ignore
+        constants = [
+            graph.new_constant(value, f"{name}_{hint}")
+            for value, hint in (
+                (numbers.to(torch.int32), "numbers"), (scale, "scale"), (torch.zeros_like(numbers).int(), "zero_point"),
+            )
+        ]  # fmt: skip
+        with graph.graph.inserting_before(node):
+            value = graph.call(DEQUANTIZE, (*constants, "int32", 0), node, bias.meta["val"])  # pyright: ignore
+        node.replace_input_with(bias, value)  # pyright: ignore
+
+
+def _are_bytes(operands: list[fx.Node]) -> bool:
+    """Whether stored numbers are integers that kernels multiply."""
+    dtypes = [parse_dtype(operand.args[3]) for operand in operands]
+    return all(isinstance(dtype, IntDtype) and dtype.bits <= UINT8.bits for dtype in dtypes)
 
 
 def gather_numbers(graph: Graph) -> None:
