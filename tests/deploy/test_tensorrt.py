@@ -77,7 +77,7 @@ def test_what_has_a_zero_point_is_rounded_in_floating_point():
         "TensorRT has one scale for an input or output",
         "TensorRT has no dynamic scales",
     ]
-    assert [own.where for own in fallbacks] == ["2", "3", "4", "5"]
+    assert [own.where for own in fallbacks] == ["2._input_0", "3._input_0", "4._input_0", "5"]
     kinds = [node.args[3] for node in prepared.exported.graph.nodes if node.target is torch.ops.tersor.quantize.default]
     assert kinds == ["int8", "int8", "fp8_e4m3"]
 
