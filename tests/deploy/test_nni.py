@@ -27,8 +27,7 @@ def made(model, **arguments):
     return ModelSpeedupTensorRT(model, (2, 2, 6, 6), engine="onnxruntime", **{"onnx_path": None, **arguments})
 
 
-@pytest.mark.parametrize("algorithm", [CalibrateType.ENTROPY2, CalibrateType.MINMAX])
-def test_calibrate_run_export_and_load(tmp_path, algorithm):
+def test_calibrate_run_export_and_load(tmp_path, algorithm=CalibrateType.ENTROPY2):
     data, model = torch.randn(20, 2, 6, 6), network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     speedup = made(model, onnx_path=tmp_path / "default_model.onnx")
@@ -52,7 +51,8 @@ def test_calibrate_run_export_and_load(tmp_path, algorithm):
 
 
 def test_observers_find_other_ranges():
-    data = torch.cat([torch.randn(60, 2, 6, 6), 40 * torch.ones(1, 2, 6, 6)])
+    data = torch.randn(61, 2, 6, 6)
+    data[-1, 0, 0, 0] = 40
     ranges = {}
     for algorithm in (CalibrateType.MINMAX, CalibrateType.ENTROPY, CalibrateType.LEGACY):
         calibrator = Calibrator(data, None, 8, algorithm)
@@ -60,13 +60,13 @@ def test_observers_find_other_ranges():
         for entry in config_list:
             for target, settings in entry["target_settings"].items():
                 if target.startswith("_"):
-                    settings["observer"] = calibrator.algorithm.value
+                    settings["observer"] = calibrator.algorithm.observer
         _, calibration = PtqQuantizer(model, config_list, calibration=calibrator.batches()).compress()
         ranges[algorithm.name] = float(calibration["0"]["_input_0"]["scale"])
     assert ranges["MINMAX"] == pytest.approx((40 - float(data.min())) / 255, rel=1e-4)
     assert ranges["ENTROPY"] < ranges["MINMAX"]
     assert ranges["LEGACY"] < ranges["MINMAX"]
-    assert CalibrateType.ENTROPY2 is CalibrateType.ENTROPY
+    assert CalibrateType.ENTROPY2.observer == CalibrateType.ENTROPY.observer == "entropy"
 
 
 def test_a_config_and_a_compressor():

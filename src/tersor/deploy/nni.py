@@ -28,16 +28,24 @@ from tersor.storage import load_calibration, replacing_file, save_calibration
 
 
 class CalibrateType(Enum):
-    """How ranges are found. The values are observers of :class:`tersor.quantization.PtqQuantizer`.
+    """How ranges are found.
 
-    ``MINMAX`` clips nothing; ``LEGACY`` leaves out the outermost values of a percentile; ``ENTROPY`` loses the least
-    information on the distribution of values, and ``ENTROPY2`` is another name of it.
+    ``MINMAX`` clips nothing; ``LEGACY`` leaves out the outermost values; both kinds of ``ENTROPY`` lose the least
+    information on the distribution of values, and are one here.
+
+    >>> CalibrateType.ENTROPY2.observer
+    'entropy'
     """
 
-    LEGACY = "percentile"
+    LEGACY = "legacy"
     ENTROPY = "entropy"
-    ENTROPY2 = "entropy"
+    ENTROPY2 = "entropy2"
     MINMAX = "minmax"
+
+    @property
+    def observer(self) -> str:
+        """Its name among the observers of :class:`tersor.quantization.PtqQuantizer`."""
+        return {"legacy": "percentile", "entropy2": "entropy"}.get(self.value, self.value)
 
 
 @final
@@ -108,9 +116,9 @@ class ModelSpeedupTensorRT:
             calibration data.
         config: a calibration, as ``get_calibration_config()`` gives it. Without one, :meth:`compress` calibrates on
             ``calib_data_loader``.
-        onnx_path: where the ONNX file goes that an engine was built from; nothing is written for engines that read none.
-        extra_layer_bits: of layers that the config does not name: 32. They stay in floating point; what is quantized has
-            ranges, which for all layers :meth:`compress_with_calibrator` finds.
+        onnx_path: where the ONNX file goes that an engine was built from; engines that read none write none.
+        extra_layer_bits: of layers that the config does not name: 32. They stay in floating point; what is quantized
+            has ranges, which for all layers :meth:`compress_with_calibrator` finds.
         strict_datatype: raise an error where too little runs in integers; else warn.
         calibrate_type: how ranges are found.
         calib_data_loader: a tensor of samples, or an iterable of batches.
@@ -214,7 +222,7 @@ class ModelSpeedupTensorRT:
         for entry in config_list:
             for target, settings in entry["target_settings"].items():
                 if target.startswith("_"):
-                    settings["observer"] = calib.algorithm.value
+                    settings["observer"] = calib.algorithm.observer
         quantizer = PtqQuantizer(network, config_list, calibration=batches, example_inputs=example)
         quantizer.compress()
         calib.write_calibration_cache(quantizer.get_calibration_config())
