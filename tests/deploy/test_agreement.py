@@ -42,6 +42,6 @@ def test_integers():
     other[7] = 3
     found = agreement([other], [classes])
     assert found.snr == pytest.approx(20.0)  # one of a hundred differs
-    assert found.top1 == 0.99
+    assert found.top1 == pytest.approx(0.99)
     assert agreement([classes], [classes]).snr == math.inf
     assert agreement([torch.ones(2), other], [torch.ones(2), classes]).snr == math.inf

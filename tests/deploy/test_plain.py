@@ -10,7 +10,7 @@ from tersor.deploy.plain import plain_copy
 from tersor.errors import InvalidValueError
 from tersor.quantization import DoReFaQuantizer, LsqQuantizer, PtqQuantizer, QATQuantizer
 from tersor.wrapping import is_wrapped
-from tests.deploy.lowered import GROUPS, Net, batches, entries, evaluator, ptq, simulated
+from tests.deploy.lowered import GROUPS, Net, batches, entries, ptq, simulated
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +90,9 @@ def test_what_has_no_scales_is_refused():
     with pytest.raises(InvalidValueError, match=r"conv\.weight: has no scales yet.*PtqQuantizer\.compress"):
         plain_copy(PtqQuantizer(Net(), entries(), calibration=batches()))
     model = Net()
-    waiting = QATQuantizer(model, [{**entry, "quant_start_step": 50} for entry in entries()], evaluator(model))
-    waiting.compress(max_steps=2, max_epochs=None)
+    waiting = QATQuantizer(model, [{**entry, "quant_start_step": 50} for entry in entries()])
+    waiting.start()
+    model(batches()[0])
     with pytest.raises(InvalidValueError, match="has no scales yet"):
         plain_copy(waiting)
 
