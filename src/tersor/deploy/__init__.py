@@ -21,3 +21,6 @@ from tersor.deploy.side_by_side import SideBySide as SideBySide
 from tersor.deploy.side_by_side import side_by_side as side_by_side
 from tersor.deploy.small import make_small as make_small
 from tersor.deploy.smaller import slower_layers as slower_layers
+from tersor.deploy.weight_only import WeightReport as WeightReport
+from tersor.deploy.weight_only import save_compressed_tensors as save_compressed_tensors
+from tersor.deploy.weight_only import save_gguf as save_gguf

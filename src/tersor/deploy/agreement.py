@@ -16,8 +16,11 @@ class Agreement:
 
     Attributes:
         snr: signal to noise in dB: ten times the logarithm of the reference's power over the difference's; the least
-            of all outputs. Infinite where they are equal, and not a number never: a value that is none counts as noise.
-        top1: the share of samples with the same largest value in the first output.
+            of all outputs in floating point. Infinite where they are equal, and not a number never: a value that is
+            none counts as noise. Where all outputs are integers (classes, token ids), the ratio of all elements to
+            those that differ.
+        top1: the share of samples with the same largest value in the first output; of an output of integers, the share
+            of equal elements.
     """
 
     snr: float
@@ -34,13 +37,21 @@ def agreement(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Agreeme
     >>> agreement([torch.tensor([[1.0, 1.01]])], [torch.tensor([[1.0, 1.0]])]).snr
     43.0...
     """
-    ratios = [snr(own, other) for own, other in zip(outputs, reference, strict=True) if other.is_floating_point()]
-    first = next((pair for pair in zip(outputs, reference, strict=True) if pair[1].dim() and pair[1].numel()), None)
-    top1 = 1.0
-    if first is not None:
-        dim = -1
-        top1 = float((first[0].argmax(dim) == first[1].argmax(dim).to(first[0].device)).float().mean())
-    return Agreement(min(ratios, default=math.inf), top1)
+    pairs = list(zip(outputs, reference, strict=True))
+    ratios = [snr(own, other) for own, other in pairs if other.is_floating_point()]
+    if not ratios:
+        ratios = [snr((own.cpu() == other.cpu()).float(), torch.ones(other.shape)) for own, other in pairs]
+    first = next((pair for pair in pairs if pair[1].dim() and pair[1].numel()), None)
+    return Agreement(min(ratios, default=math.inf), 1.0 if first is None else _share_of_equal(*first))
+
+
+def _share_of_equal(value: Tensor, reference: Tensor) -> float:
+    value, reference = value.detach().cpu(), reference.detach().cpu()
+    if value.shape != reference.shape:
+        return 0.0
+    if reference.is_floating_point():
+        value, reference = value.argmax(-1), reference.argmax(-1)
+    return float((value == reference).float().mean())
 
 
 def snr(value: Tensor, reference: Tensor) -> float:

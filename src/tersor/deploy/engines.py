@@ -6,12 +6,13 @@ from tersor.deploy.engine import Engine
 from tersor.deploy.inductor import Inductor
 from tersor.deploy.onnx_runtime import OnnxRuntime
 from tersor.deploy.openvino import OpenVino
+from tersor.deploy.tensorrt import TensorRT
 from tersor.errors import InvalidValueError, nearest
 
 
 def engines() -> dict[str, type[Engine]]:
     """All engines by name, in the order in which ``auto`` prefers them."""
-    return {engine.name: engine for engine in (OnnxRuntime, OpenVino, Inductor)}
+    return {engine.name: engine for engine in (OnnxRuntime, OpenVino, Inductor, TensorRT)}
 
 
 def engine_of(name: str, *, to_open: bool = False) -> Engine:

@@ -187,6 +187,8 @@ def export(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
         args, kwargs = with_batch_size(example_inputs, max(batch, 2))
     with evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch.export's own, about itself
+        # Recurrent layers keep their weights a second time; what is written there is what was there.
+        warnings.filterwarnings("ignore", "The tensor attributes? .*_flat_weights", UserWarning)
         try:
             # The empty table takes nothing apart; what is written in place becomes a value of its own.
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes).run_decompositions({})

@@ -19,7 +19,15 @@ from tersor.deploy.engine import INT8, UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import Graph
 from tersor.deploy.lowering import Fallback, Program
 from tersor.deploy.onnx import write_program
-from tersor.deploy.placement import before_pools, bytes_in_sums, join_twins, whole_ranges, wide_in_float
+from tersor.deploy.placement import (
+    before_pools,
+    bytes_in_sums,
+    is_wide,
+    join_twins,
+    joins_sum,
+    round_in_float,
+    whole_ranges,
+)
 from tersor.errors import CheckpointError, InvalidValueError, TraceError
 
 PRODUCTS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"})
@@ -59,15 +67,24 @@ class OpenVino(Engine):
         return "" if fits else f"has no {dtype.as_config()} {'inputs and outputs' if is_activation else 'weights'}"
 
     def prepare(self, program: Program) -> tuple[Program, tuple[Fallback, ...]]:
-        """Each value quantized once, in all of int8 or uint8, and in front of pools."""
+        """Each value quantized once, in all of int8 or uint8, and in front of pools.
+
+        Where OpenVINO would not round what a convolution gives to a sum, it is made to, at the cost of some speed.
+        """
         graph = Graph(program)
-        before_pools(graph)
         join_twins(graph)
+        skipped = round_in_float(graph, lambda node: joins_sum(node) and not is_wide(node))
         bytes_in_sums(graph)
+        before_pools(graph)
+        wide = round_in_float(graph, is_wide)
         whole_ranges(graph)
-        floating = wide_in_float(graph)
-        reason = "more than 8 bits: rounded in floating point, so what reads it runs in floating point"
-        return graph.close(), tuple(Fallback(where, reason) for where in floating)
+        return graph.close(), (
+            *(
+                Fallback(where, "added in floating point: OpenVINO would not round it (int16 is fast)")
+                for where in skipped
+            ),
+            *(Fallback(where, "has more than 8 bits: what reads it runs in floating point") for where in wide),
+        )
 
     def build(self, program: Program, folder: Path, options: Mapping[str, Any]) -> None:
         """``model.xml`` and ``model.bin``, by way of ONNX."""
@@ -84,6 +101,7 @@ class OpenVino(Engine):
                     where=type(program).__name__,
                     remedy="Quantize in another way, or choose another engine.",
                 ) from error
+            _drop_zero_points(model)
             # Compressed to float16, the scales would not be those of the simulation any more.
             openvino.save_model(model, folder / self.file, compress_to_fp16=False)
 
@@ -164,6 +182,22 @@ class _Session(Session):
                 )
             )
         return operators
+
+
+def _drop_zero_points(model: Any) -> None:
+    """Take out subtractions of nothing: OpenVINO's own pass leaves those whose constant several layers share.
+
+    Weights with a zero point run in floating point.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() != "Subtract" or node.input_value(0).get_node().get_type_name() != "Convert":
+            continue
+        shift = node.input_value(1).get_node()
+        while shift.get_type_name() in ("Convert", "Reshape"):
+            shift = shift.input_value(0).get_node()
+        if shift.get_type_name() == "Constant" and not shift.data.any():
+            for reader in node.output(0).get_target_inputs():
+                reader.replace_source_output(node.input_value(0))
 
 
 def _infer(request: Any, inputs: Sequence[Tensor]) -> None:

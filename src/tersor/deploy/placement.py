@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -158,7 +159,9 @@ def bytes_in_sums(graph: Graph) -> None:
     for node in graph.calls(QUANTIZE):
         x, scale, zero_point, kind, _, high, *place = node.args
         held, shift = graph.constant(scale), graph.constant(zero_point)
-        if kind != "int16" or any(place) or held is None or shift is None or bool(shift) or not _joins(node):
+        if kind != "int16" or any(place) or held is None or shift is None or bool(shift):
+            continue
+        if not joins_sum(node) or not _is_rounded_sum(node):
             continue
         wider = graph.new_constant(held * (float(high) / 127), f"{node.name}_scale")  # pyright: ignore
         byte = graph.new_constant(shift.to(torch.int8), f"{node.name}_zero_point")
@@ -169,35 +172,55 @@ def bytes_in_sums(graph: Graph) -> None:
         graph.graph.erase_node(node)
 
 
-def _joins(node: fx.Node) -> bool:
-    """Whether a quantizer stands between a convolution and a sum with stored numbers that is rounded."""
+def joins_sum(node: fx.Node) -> bool:
+    """Whether a quantizer stands between a convolution, with what runs in its kernel, and a sum."""
     source, readers = node.args[0], list(node.users)
+    while isinstance(source, fx.Node) and len(source.users) == 1 and _runs_in_kernel(source):
+        source = source.args[0]
     if not isinstance(source, fx.Node) or source.target not in CONVOLUTIONS or len(source.users) > 1:
         return False
     sums = [user for reader in readers for user in reader.users]
-    if len(readers) != 1 or len(sums) != 1 or sums[0].target is not _ATEN.add.Tensor:
-        return False
-    if not all(isinstance(operand, fx.Node) and operand.target is DEQUANTIZE for operand in sums[0].args):
-        return False
-    total = sums[0]
+    return len(readers) == 1 and len(sums) == 1 and sums[0].target is _ATEN.add.Tensor
+
+
+def _is_rounded_sum(node: fx.Node) -> bool:
+    """Whether what a quantizer gives to a sum meets stored numbers there, and the sum becomes stored numbers."""
+    total = next(iter(next(iter(node.users)).users))
+    for operand in total.args:
+        while isinstance(operand, fx.Node) and operand.target in LIMITS | POOLS:
+            operand = operand.args[0]
+        if not isinstance(operand, fx.Node) or operand.target is not DEQUANTIZE:
+            return False
     while len(total.users) == 1 and (follower := next(iter(total.users))).target in LIMITS:
         total = follower
-    kinds = {parse_dtype(str(user.args[3])) if user.target is QUANTIZE else None for user in total.users}
-    return len(total.users) == 1 and all(isinstance(kind, IntDtype) and kind.bits <= 8 for kind in kinds)
+    return len(total.users) == 1 and all(user.target is QUANTIZE and not is_wide(user) for user in total.users)
 
 
-def wide_in_float(graph: Graph) -> list[str]:
-    """Round what has 16 bits in floating-point operators, which give the same values; the modules where it was."""
+def _runs_in_kernel(node: fx.Node) -> bool:
+    """Whether a call goes value by value, so that a convolution's kernel takes it along."""
+    operator: Any = node.target
+    operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
+    pointwise = torch.Tag.pointwise in getattr(operator, "tags", ()) or operator is _ATEN.hardswish.default
+    return pointwise and len(operands) == 1
+
+
+def round_in_float(graph: Graph, wanted: Callable[[fx.Node], bool]) -> list[str]:
+    """Round some values in floating-point operators, which give the same values; the modules where that was.
+
+    Args:
+        graph: changed in place.
+        wanted: whether a quantizer is meant.
+    """
     places: list[str] = []
     for node in graph.calls(QUANTIZE):
         x, scale, zero_point, kind, low, high, *place = node.args
-        dtype = parse_dtype(str(kind))
         held, shift = graph.constant(scale), graph.constant(zero_point)
-        if not isinstance(dtype, IntDtype) or dtype.bits <= 8 or any(place) or held is None or shift is None:
+        whole = isinstance(parse_dtype(str(kind)), IntDtype)
+        if not whole or any(place) or held is None or shift is None or not wanted(node):
             continue
+        like: Any = x
+        least, most = (float(end) - float(shift) for end in (low, high))  # pyright: ignore
         with graph.graph.inserting_before(node):
-            least, most = (float(end) - float(shift) for end in (low, high))  # pyright: ignore
-            like: Any = x
             value = graph.call(_ATEN.mul.Tensor, (x, float(1 / held)), like)
             value = graph.call(_ATEN.round.default, (value,), like)
             value = graph.call(_ATEN.clamp.default, (value, least, most), like)
@@ -208,6 +231,12 @@ def wide_in_float(graph: Graph) -> list[str]:
         graph.graph.erase_node(node)
         places.append(module_of(like))
     return places
+
+
+def is_wide(node: fx.Node) -> bool:
+    """Whether a quantizer gives more than 8 bits."""
+    dtype = parse_dtype(str(node.args[3]))
+    return isinstance(dtype, IntDtype) and dtype.bits > 8
 
 
 def whole_ranges(graph: Graph) -> None:

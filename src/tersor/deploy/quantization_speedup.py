@@ -27,10 +27,13 @@ from tersor.deploy.operator_changes import compare_operators
 from tersor.deploy.plain import Plain, plain_copy, plain_of
 from tersor.deploy.small import make_small
 from tersor.deploy.structure import Signature
+from tersor.deploy.unsupported import fit_types
 from tersor.errors import InvalidValueError, TersorError, VerificationError
 from tersor.graph import Masks
 from tersor.graph.inputs import evaluating, named_tensors, tensors_of
+from tersor.graph.modes import Mode
 from tersor.quantization.base import CalibrationConfig
+from tersor.wrapping import TargetStack
 
 OnFailure = Literal["error", "warn"]
 Unsupported = Literal["error", "float", "widen"]
@@ -170,8 +173,21 @@ class QuantizationSpeedup:
             VerificationError: the outputs depart from the simulation's, or too little runs in int8.
         """
         program = self.program = self.lower()
-        prepared, lacking = self.engine.prepare(program)
+        fitted, lacking = fit_types(program, self.engine, self.unsupported)
+        prepared, refused = self.engine.prepare(fitted)
         folder = Path(mkdtemp(prefix="tersor-"))
+        try:
+            compiled = self._compiled(program, prepared, (*program.fallbacks, *lacking, *refused), folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        weakref.finalize(compiled, shutil.rmtree, folder, True)
+        self.report = compiled.report
+        return compiled
+
+    def _compiled(
+        self, program: Program, prepared: Program, fallbacks: tuple[Fallback, ...], folder: Path
+    ) -> CompiledModel:
         self.engine.build(prepared, folder, self.options)
         simulation = _Simulation(self._simulated(program), self.example_inputs, self.dynamic_batch)
         source = self.model.model if isinstance(self.model, Compressor) else self.model
@@ -180,16 +196,14 @@ class QuantizationSpeedup:
             self.engine.name,
             self.engine.version(),
             size_of(folder),
-            sum(tensor.numel() * tensor.element_size() for tensor in named_tensors(source).values()),
+            bytes_of(source),
             asked=len(quantized_contractions(program)),
-            fallbacks=(*program.fallbacks, *lacking),
+            fallbacks=fallbacks,
         )
         compiled = CompiledModel(
             self.engine.name, folder, signature, report, threads=self.threads, options=self.options
         )
-        weakref.finalize(compiled, shutil.rmtree, folder, True)
         self._verify(compiled, program, simulation)
-        self.report = compiled.report
         self._warn_of_slower(compiled.report)
         return compiled
 
@@ -203,7 +217,8 @@ class QuantizationSpeedup:
         results = tensors_of(_call(compiled, simulation.inputs))
         own = agreement(results, simulation.outputs)
         floor = floor_of(program, simulation) if own.snr < self.min_snr else None
-        operators = tuple(compiled.session.profile(tensors_of(simulation.inputs)))
+        args, kwargs = simulation.inputs
+        operators = tuple(compiled.session.profile(compiled.signature.flatten(args, kwargs)))
         int8 = sum(operator.computes and operator.precision == "int8" for operator in operators)
         before = None
         if self.float_model is not None:
@@ -245,23 +260,22 @@ class QuantizationSpeedup:
         raise VerificationError(what, where=self.engine.title, remedy=remedy)
 
 
-class _Shaken(fx.Interpreter):
-    """Runs a program with values that are changed a little before they are rounded, as other sums change them.
+class _Shaken(Mode):
+    """Changes values a little before a program rounds them, as other sums change them.
 
     What a sum of single precision is off by goes by its largest terms, so values next to zero are shaken as all others.
     """
 
-    def __init__(self, program: Program, seed: int) -> None:
-        super().__init__(program.exported.module())
+    def __init__(self, seed: int) -> None:
+        super().__init__()
         self._draws = torch.Generator().manual_seed(seed)
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """The value of one call."""
-        if target is QUANTIZE:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is QUANTIZE:
             value, *rest = args
             noise = SHAKEN * torch.randn(value.shape, generator=self._draws).to(value)
             args = (value + noise * value.abs().amax(), *rest)
-        return super().call_function(target, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def floor_of(program: Program, simulation: _Simulation) -> float:
@@ -271,11 +285,11 @@ def floor_of(program: Program, simulation: _Simulation) -> float:
     next layers see other values. So two right ways to compute a deep network of integers do not agree to the bit. In a
     small one it takes luck: one value that is rounded the other way, or none.
     """
-    args, kwargs = simulation.inputs
+    model = program.exported.module()
     floors: list[float] = []
     for seed in range(DRAWS):
-        with torch.no_grad():
-            shaken = _Shaken(program, seed).run(*args, *kwargs.values())
+        with torch.no_grad(), _Shaken(seed):
+            shaken = _call(model, simulation.inputs)
         floors.append(agreement(tensors_of(shaken), simulation.outputs).snr)
     return min(floors)
 
@@ -297,6 +311,13 @@ class _Simulation:
                 return _call(self.model, inputs)
             with evaluating(self.model):
                 return _call(self.model, inputs)
+
+
+def bytes_of(model: nn.Module) -> int:
+    """What a model's parameters and buffers take, each counted once, without those of a compressor's simulation."""
+    simulation = {id(own) for module in model.modules() if isinstance(module, TargetStack) for own in module.buffers()}
+    held = {id(own): own for own in named_tensors(model).values() if id(own) not in simulation}
+    return sum(own.numel() * own.element_size() for own in held.values())
 
 
 def _call(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:

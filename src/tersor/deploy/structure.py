@@ -157,6 +157,7 @@ def plain_nesting(value: Any) -> Any:
     What :func:`tersor.graph.inputs.tensors_of` finds there keeps its order; what it leaves out, as the cache of keys
     and values of a language model, becomes None.
 
+    >>> import torch
     >>> plain_nesting({"logits": torch.zeros(1), "cache": type("Cache", (), {"get_seq_length": int})()})
     {'logits': tensor([0.]), 'cache': None}
     """
@@ -178,6 +179,7 @@ def plain_nesting(value: Any) -> Any:
 def describe(value: Any) -> Any:
     """The nesting of a value, for JSON: ``"tensor"``, ``{"list": [...]}``, ``{"tuple": [...]}``, ``{"dict": {...}}``.
 
+    >>> import torch
     >>> import torch
     >>> describe({"logits": torch.zeros(1), "states": (torch.zeros(1), None)})
     {'dict': {'logits': 'tensor', 'states': {'tuple': ['tensor', {'value': None}]}}}
