@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.deploy_zoo_page import PAGE, page
+from benchmarks.channel_sizes import RESULT as SIZES
+from benchmarks.deploy_zoo_page import PAGE, PARTS, page
 from benchmarks.forked import run_each
 from benchmarks.zoo import chosen, parser, read, write
 from tersor.analysis.batches import batch_size_of
@@ -31,13 +32,13 @@ from tersor.graph.inputs import as_call, named_tensors, tensors_of
 from tersor.quantization import CalibrationConfig, PtqQuantizer
 from tersor.speedup.slicing import bake
 from tersor.speedup.verify import outputs_of, relative_error
+from tersor.storage import write_text
 from tests.zoo.build import built, seed_all
 from tests.zoo.check import described
 from tests.zoo.rows import Row
 
 RESULT = Path(__file__).parent / "results" / "deploy_zoo.json"
 LIMIT = 180.0
-PARTS = ("dense", "pruned")
 RATIO = 0.5
 TOLERANCE = 1e-4
 MIN_SNR = 40.0
@@ -228,7 +229,7 @@ def line(name: str, part: str, found: Record) -> str:
 
 def main() -> None:
     """Measure, or write the page."""
-    own = parser(__doc__.splitlines()[0])
+    own = parser((__doc__ or "").splitlines()[0])
     own.add_argument("--jobs", type=int, default=1, metavar="N", help="rows at a time")
     own.add_argument("--engine", default="onnxruntime")
     own.add_argument("--part", nargs="+", choices=PARTS, default=[*PARTS])
@@ -237,7 +238,8 @@ def main() -> None:
     own.set_defaults(limit=LIMIT)
     options = own.parse_args()
     if options.table:
-        PAGE.write_text(page(json.loads(options.results.read_text())))
+        sizes = json.loads(SIZES.read_text()) if SIZES.exists() else None
+        write_text(PAGE, page(json.loads(options.results.read_text()), sizes))
         return
     records = read(options.results)
     rows = [row for row in chosen(options.source, options.only) if row.in_sample or not options.sample]
