@@ -133,7 +133,10 @@ def test_smaller_models_are_held_against_the_original(tmp_path, monkeypatch):
         ),
         (("MODEL", *BUILD, "--data", f"{TOY}:empty_data"), "--data: 'tests.deploy.toy:empty_data' gave no batch."),
         (("MODEL", "--build", "torch.nn:ReLU", *DATA), "is the checkpoint of another model"),
-        (("MODEL", *BUILD, *DATA, "--calibration", "nowhere.safetensors"), "nowhere.safetensors: there is no such file."),
+        (
+            ("MODEL", *BUILD, *DATA, "--calibration", "nowhere.safetensors"),
+            "nowhere.safetensors: there is no such file.",
+        ),
         (("MODEL", *BUILD, *DATA, "--out", "src"), "src: is there and holds something else. Name a new folder."),
     ],
 )

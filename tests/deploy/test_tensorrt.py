@@ -25,6 +25,8 @@ def leaves_nothing_behind():
 def layers(*settings):
     """One linear layer for each setting of its input; weights int8."""
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in settings))
+    for layer in model:
+        layer.bias.data += 1  # so that ranges are not around zero
     config_list = [{"op_types": ["Linear"], "target_names": ["weight"], "quant_dtype": "int8"}]
     config_list += [
         {"op_names": [str(index)], "target_names": ["_input_"], **own} for index, own in enumerate(settings)
@@ -77,7 +79,7 @@ def test_what_has_a_zero_point_is_rounded_in_floating_point():
         "TensorRT has one scale for an input or output",
         "TensorRT has no dynamic scales",
     ]
-    assert [own.where for own in fallbacks] == ["2", "3", "4", "5"]
+    assert [own.where for own in fallbacks] == ["2._input_0", "3._input_0", "4._input_0", "5"]
     kinds = [node.args[3] for node in prepared.exported.graph.nodes if node.target is torch.ops.tersor.quantize.default]
     assert kinds == ["int8", "int8", "fp8_e4m3"]
 

@@ -5,6 +5,9 @@ from tersor.deploy.audit import audit as audit
 from tersor.deploy.compiled import CompiledModel as CompiledModel
 from tersor.deploy.engine_targets import engine_config as engine_config
 from tersor.deploy.engines import engines as engines
+from tersor.deploy.nni import CalibrateType as CalibrateType
+from tersor.deploy.nni import Calibrator as Calibrator
+from tersor.deploy.nni import ModelSpeedupTensorRT as ModelSpeedupTensorRT
 from tersor.deploy.onnx import check_onnx as check_onnx
 from tersor.deploy.onnx import export_onnx as export_onnx
 from tersor.deploy.onnx import require_onnx as require_onnx

@@ -70,7 +70,7 @@ class Graph:
             node.target = node.name  # which is free, as the hint need not be
         example = next((other.meta["val"] for other in self.graph.nodes if "val" in other.meta), None)
         mode = getattr(example, "fake_mode", None)
-        node.meta["val"] = mode.from_tensor(value) if mode is not None else value
+        node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode is not None else value
         spec = InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), node.name)
         self._signature.input_specs.insert(0, spec)
         self._constants[node.name] = value

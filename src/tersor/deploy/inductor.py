@@ -25,7 +25,7 @@ from tersor.deploy.engine import UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import Graph, module_of
 from tersor.deploy.inductor_patterns import BYTES, contraction_behind, fit_parameters, merge_limits, round_before_pools
 from tersor.deploy.lowering import Fallback, Program
-from tersor.deploy.placement import gather_numbers, join_twins, whole_ranges
+from tersor.deploy.placement import gather_numbers, join_twins, unsigned_activations, whole_ranges
 from tersor.errors import CheckpointError, InvalidValueError, TraceError
 
 SHIM = "aoti_torch_cpu_"
@@ -74,6 +74,7 @@ class Inductor(Engine):
     def prepare(self, program: Program) -> tuple[Program, tuple[Fallback, ...]]:
         """Each value quantized once, and all as the patterns of Inductor want it."""
         graph = Graph(program)
+        unsigned_activations(graph)  # convolutions take nothing else
         join_twins(graph)
         round_before_pools(graph)
         gather_numbers(graph)

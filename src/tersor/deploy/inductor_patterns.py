@@ -133,6 +133,9 @@ def _misfit(graph: Graph, node: fx.Node, user: fx.Node) -> str:
         return "the scale of its input is dynamic, which Inductor takes for linear layers alone"
     if storage_type(parse_dtype(kind)) not in BYTES or isinstance(parse_dtype(kind), FloatDtype):
         return f"its input is {kind}"
+    if user.target is not _ATEN.linear.default and x.meta["val"].shape[1] == 1:
+        # Seen with torch 2.13: contiguous and channels-last are the same for one channel, and it takes the wrong one.
+        return "Inductor mistakes the layout of what a convolution of one channel gives"
     return _unfit_weight(graph, node)
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, fx
 
 from tersor.config.dtypes import FloatDtype, IntDtype, QuantDtype, parse_dtype
+from tersor.config.values import is_activation
 from tersor.deploy.engine import INT8, Engine, Operator, Precision, Session, Wishes
-from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph
+from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, module_of
 from tersor.deploy.lowering import Fallback, Program
 from tersor.deploy.onnx import write_program
 from tersor.deploy.placement import join_twins
@@ -75,9 +76,9 @@ class TensorRT(Engine):
         join_twins(graph)
         fallbacks: dict[str, Fallback] = {}
         for node in graph.calls(DEQUANTIZE):
+            where = _name_of(graph, program, node)
             _to_signed(graph, node)
             if reason := _refused(graph, node):
-                where = _name_of(graph, program, node)
                 fallbacks.setdefault(where, Fallback(where, f"{reason}: its values stay in floating point"))
                 in_floating_point(graph, node)
         return graph.close(), tuple(fallbacks.values())
@@ -151,14 +152,15 @@ def _refused(graph: Graph, node: fx.Node) -> str:
 
 
 def _name_of(graph: Graph, program: Program, node: fx.Node) -> str:
-    """The name of the target that a dequantize node stands for, as far as it can be told."""
-    numbers: Any = node.args[0]
-    for spec in program.exported.graph_signature.input_specs:
-        if spec.arg.name == numbers.name and spec.target is not None:
-            return spec.target.removesuffix(".numbers").removesuffix("_numbers")
-    stack = numbers.meta.get("nn_module_stack") or {}
-    names = [name for name, _ in stack.values()]
-    return names[-1] if names and names[-1] else numbers.name
+    """The name of the target that a dequantize node stands for; of a dynamic one, the module that reads it."""
+    numbers, scale, _, kind, *_ = node.args
+    is_weight, held = graph.constant(numbers) is not None, graph.constant(scale)
+    for name, stored in program.targets.items():
+        of_its_kind = is_activation(name.rpartition(".")[2]) is not is_weight and stored.kind == kind
+        if of_its_kind and held is not None and stored.scale is not None and torch.equal(stored.scale, held):
+            return name
+    reader = next(iter(node.users), node)
+    return module_of(reader) or reader.name
 
 
 def _built(source: Path, options: Mapping[str, int]) -> bytes:
