@@ -1,16 +1,19 @@
 """Pruned and quantized models, made small with their calibration."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch._dynamo  # slow to import, which is no test's fault
 from torch import nn
 
+from tersor.deploy import QuantizationSpeedup
+from tersor.deploy.agreement import agreement
 from tersor.deploy.lowering import lower
 from tersor.deploy.plain import Plain, plain_copy, plain_of
 from tersor.deploy.small import common_block, make_small, simulated
-from tersor.errors import MaskError, VerificationError, WrapError
+from tersor.errors import InvalidValueError, MaskError, VerificationError, WrapError
 from tersor.graph import groups
 from tersor.pruning import L1NormPruner
 from tersor.quantization import PtqQuantizer, QATQuantizer, auto_fuse
@@ -290,3 +293,43 @@ def test_masks_of_another_model_and_wrapped_models_are_refused():
         plain_of(quantized([LAYERS]).model, {}, {})
     model = net()
     assert make_small(Plain(model, {}, {}), EXAMPLE).model is model
+
+
+def test_pruned_and_quantized_models_are_made_small_on_their_way_to_the_engine():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    compressor = quantized([LAYERS])
+    speedup = QuantizationSpeedup(compressor, EXAMPLE, engine="onnxruntime", threads=1)
+    compiled = speedup.compile()
+    assert speedup.program.targets["stem.weight"].scale.shape == (8,)
+    assert compiled.report.simulation_snr >= 40
+    expected = outputs_of(compressor.model, EXAMPLE)[0]
+    assert agreement([compiled(EXAMPLE)], [expected]).snr >= 40
+    calibration, masks = compressor.get_calibration_config(), compressor.wrappers.masks()
+    model = compressor.unwrap_model()
+    faster = [replace(own, milliseconds=1e-9) for own in compiled.report.operators]
+    before = replace(compiled.report, operators=tuple(faster))
+    again = QuantizationSpeedup(
+        model, EXAMPLE, calibration, "onnxruntime", masks=masks, unpruned=before, dynamic_batch=False, threads=1
+    )
+    with pytest.warns(UserWarning, match=r"of 4 convolutions and products are not faster than before pruning"):
+        later = again.compile()
+    assert agreement([later(EXAMPLE)], [expected]).snr >= 40
+    with pytest.raises(InvalidValueError, match="masks of its own"):
+        QuantizationSpeedup(compressor, EXAMPLE, masks=masks)
+
+
+def test_where_it_cannot_be_made_small_the_masked_model_is_lowered_if_asked(monkeypatch):
+    pytest.importorskip("onnxruntime")
+
+    def refuse(*args, **kwargs):
+        raise VerificationError("the small model is another one", where="make_small")
+
+    monkeypatch.setattr("tersor.deploy.quantization_speedup.make_small", refuse)
+    compressor = quantized([LAYERS])
+    with pytest.raises(VerificationError, match="another one"):
+        QuantizationSpeedup(compressor, EXAMPLE, engine="onnxruntime").lower()
+    with pytest.warns(UserWarning, match="keeps its size, masked"):
+        program = QuantizationSpeedup(compressor, EXAMPLE, engine="onnxruntime", on_failure="warn").lower()
+    assert program.targets["stem.weight"].scale.shape == (16,)
+    assert "keeps its size" in program.fallbacks[0].reason
