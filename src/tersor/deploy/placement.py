@@ -77,11 +77,12 @@ def unsigned_activations(graph: Graph) -> None:
 def fixed_zero_points(graph: Graph) -> None:
     """Take the zero point of a symmetric type, which no range changes, for the constant that it is."""
     for choice in graph.calls(CHOOSE):
-        _, kind, scheme, low, high, *_ = choice.args
+        arguments: tuple[Any, ...] = choice.args
+        _, kind, scheme, low, high, *_ = arguments
         if scheme != "symmetric":
             continue
         dtype = parse_dtype(kind)
-        middle = 0 if isinstance(dtype, FloatDtype) else (high - low + 1) // 2 + low  # pyright: ignore
+        middle = 0 if isinstance(dtype, FloatDtype) else (high - low + 1) // 2 + low
         for user in list(choice.users):
             if user.target is operator.getitem and user.args[1] == 1 and user.meta["val"].dim() == 0:
                 value = torch.tensor(float(middle)).to(storage_type(dtype))
