@@ -90,7 +90,7 @@ def test_reports_are_json(compiled):
 
 def test_a_foreign_folder_is_left_alone(compiled, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InvalidValueError, match="holds something else. Name a new folder"):
+    with pytest.raises(InvalidValueError, match=r"holds something else\. Name a new folder"):
         compiled.save(tmp_path)
     with pytest.raises(InvalidValueError, match="holds something else"):
         compiled.save(tmp_path / "notes.txt")
