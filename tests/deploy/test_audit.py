@@ -84,18 +84,31 @@ def test_an_engine_that_falls_back_is_told_and_its_own_reason_comes_first(attent
 
 
 def test_operators_without_names_are_matched_in_order_where_none_is_missing(attention):
-    operators = [computing(f"Product_{index}", milliseconds=index) for index in range(4)]
+    operators = [computing(f"Product_{index}", "float", index) for index in range(4)]
     assert [line.milliseconds for line in audit(ran(*operators), attention)] == [0, 1, 2, 3]
+
+
+def test_a_quantized_product_is_the_one_in_int8(attention):
+    """OpenVINO merges the products of attention into something else, and renames a layer."""
+    lines = audit(ran(computing("query/MatMul", "float"), computing("Multiply_7", milliseconds=5)), attention)
+    assert [(line.operator, line.precision) for line in lines] == [
+        ("query/MatMul", "float"),
+        ("", "float"),
+        ("Multiply_7", "int8"),
+        ("", "float"),
+    ]
 
 
 def test_operators_that_cannot_be_told_apart_are_told_as_far_as_they_agree(attention):
     lines = audit(ran(computing("Product_1"), computing("Product_2")), attention)
-    assert {(line.operator, line.precision, line.milliseconds, line.reason) for line in lines} == {
-        ("", "int8", None, "")
-    }
-    lines = audit(ran(computing("Product_1"), computing("Product_2", "float")), attention)
-    assert {line.precision for line in lines} == {None}
-    assert lines[2].reason == "the engine's profile does not name it"
+    assert [(line.operator, line.precision, line.milliseconds) for line in lines] == [
+        ("", "float", None),
+        ("", "float", None),
+        ("", "int8", None),
+        ("", "float", None),
+    ]
+    unnamed = audit(ran(computing("1"), computing("2"), computing("3", "float")), attention)[2]
+    assert (unnamed.precision, unnamed.reason) == (None, "the engine's profile does not name it")
 
 
 def test_several_operators_of_one_layer_count_together(attention):

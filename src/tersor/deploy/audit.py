@@ -52,8 +52,8 @@ def audit(compiled: CompiledModel, program: Program) -> tuple[AuditLine, ...]:
     """Find each convolution and product of a program among the operators that an engine ran.
 
     Engines rename, merge and split operators. One is found by its name, where that begins with the module's
-    (``layer1.conv/...``, as files of ONNX have it); what is left over is matched in order, where as many operators are
-    left on both sides, and else only told as far as all that are left have one precision.
+    (``layer1.conv/...``, as files of ONNX have it); what is left over is matched in order, where as many are left on
+    both sides, and else only told as far as all that are left have one precision.
 
     Args:
         compiled: what runs; its report holds the profile.
@@ -65,14 +65,14 @@ def audit(compiled: CompiledModel, program: Program) -> tuple[AuditLine, ...]:
     calls = [node for node in program.exported.graph.nodes if node.target in CONTRACTIONS | RECURRENT | ATTENTION]
     found, left = _by_name(calls, [operator for operator in compiled.report.operators if operator.computes])
     open_calls = [call for call in calls if call not in found]
-    if len(open_calls) == len(left):
-        found |= {call: [operator] for call, operator in zip(open_calls, left, strict=True)}
+    found |= _in_order(open_calls, left)
     shared = _precision(left) if len({operator.precision for operator in left}) == 1 else None
     inputs = program.exported.graph_signature.user_inputs
     lines: list[AuditLine] = []
     for call in calls:
         operators = found.get(call, [])
-        precision = _precision(operators) or shared
+        # What has operands in floating point cannot have been run in integers, whatever it was merged into.
+        precision = _precision(operators) or (shared if _is_quantized(call) else "float")
         times = [operator.milliseconds for operator in operators if operator.milliseconds is not None]
         lines.append(
             AuditLine(
@@ -119,6 +119,23 @@ def _by_name(
         else:
             found.setdefault(call, []).append(operator)
     return found, left
+
+
+def _in_order(calls: Sequence[fx.Node], operators: Sequence[Operator]) -> dict[fx.Node, list[Operator]]:
+    """Calls with operators that no name tells: in order, quantized ones with those in int8, if there are as many."""
+    whole = {call: [operator] for call, operator in zip(calls, operators, strict=False)}
+    found: dict[fx.Node, list[Operator]] = {}
+    for quantized, precision in ((True, "int8"), (False, "float")):
+        own = [call for call in calls if _is_quantized(call) is quantized]
+        ran = [operator for operator in operators if operator.precision == precision]
+        if len(own) == len(ran):
+            found |= {call: [operator] for call, operator in zip(own, ran, strict=True)}
+    return whole if not found and len(calls) == len(operators) else found
+
+
+def _is_quantized(call: fx.Node) -> bool:
+    """Whether both operands of a product are."""
+    return sum(source_of(operand).target is DEQUANTIZE for operand in call.args if isinstance(operand, fx.Node)) >= 2
 
 
 def _place(name: str) -> tuple[str, int]:

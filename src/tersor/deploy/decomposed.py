@@ -143,7 +143,9 @@ def _inline(graph: Graph, node: fx.Node, own: Any) -> None:
             arguments[index] = tensor
         return own._init_fn(*arguments)  # the Python function that was registered
 
-    traced = make_fx(compute)(*(values[index] for index in tensors))
+    given = [values[index] for index in tensors]
+    with given[0].fake_mode:  # new constants are fake as well
+        traced = make_fx(compute)(*given)
     placeholders = [inner for inner in traced.graph.nodes if inner.op == "placeholder"]
     copied = {inner: node.args[index] for inner, index in zip(placeholders, tensors, strict=True)}
     with graph.graph.inserting_before(node):

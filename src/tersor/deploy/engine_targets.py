@@ -144,9 +144,7 @@ class _Config:
         """The operands of a sum. What a convolution gives to it may be an operand that the engine does not round."""
         operands, added = node.all_input_nodes, None
         fused = self._fused_operand(node) if self.wishes.fused_sums else None
-        if self.wishes.added is not None:
-            if not self._is_rounded(node):
-                return
+        if self.wishes.added is not None and self._is_rounded(node):
             added = next((value for value in operands if self._is_convolution_for(value, node)), None)
         for position, operand in enumerate(operands):
             if operand is not fused:
@@ -163,7 +161,7 @@ class _Config:
                 if not self._is_rounded(user):
                     return False
             elif not isinstance(module, (_ConvNd, nn.Linear)) and not (
-                isinstance(module, Add) and self._joins_branches(user) and self._is_rounded(user)
+                isinstance(module, Add) and self._joins_branches(user)
             ):
                 return False
         return bool(node.users)

@@ -67,6 +67,7 @@ class Graph:
         first = next(node for node in self.graph.nodes)
         with self.graph.inserting_before(first):
             node = self.graph.placeholder(hint)
+            node.target = node.name  # which is free, as the hint need not be
         example = next((other.meta["val"] for other in self.graph.nodes if "val" in other.meta), None)
         mode = getattr(example, "fake_mode", None)
         node.meta["val"] = mode.from_tensor(value, static_shapes=True) if mode is not None else value

@@ -23,9 +23,9 @@ from tersor.config.dtypes import FloatDtype, QuantDtype
 from tersor.deploy.decomposed import decompose
 from tersor.deploy.engine import UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import Graph, module_of
-from tersor.deploy.inductor_patterns import BYTES, contraction_behind, fit_parameters, merge_limits
+from tersor.deploy.inductor_patterns import BYTES, contraction_behind, fit_parameters, merge_limits, round_before_pools
 from tersor.deploy.lowering import Fallback, Program
-from tersor.deploy.placement import before_pools, gather_numbers, join_twins, whole_ranges
+from tersor.deploy.placement import gather_numbers, join_twins, unsigned_activations, whole_ranges
 from tersor.errors import CheckpointError, InvalidValueError, TraceError
 
 SHIM = "aoti_torch_cpu_"
@@ -74,8 +74,9 @@ class Inductor(Engine):
     def prepare(self, program: Program) -> tuple[Program, tuple[Fallback, ...]]:
         """Each value quantized once, and all as the patterns of Inductor want it."""
         graph = Graph(program)
-        before_pools(graph)
+        unsigned_activations(graph)  # convolutions take nothing else
         join_twins(graph)
+        round_before_pools(graph)
         gather_numbers(graph)
         whole_ranges(graph)
         merge_limits(graph)
@@ -218,7 +219,7 @@ def _is_kernel(name: str) -> bool:
 
 
 def _operator(name: str, layer: str, milliseconds: float) -> Operator:
-    kind = name.removeprefix(SHIM)
+    kind = name.removeprefix(SHIM).removeprefix("mkldnn_")
     integer = kind in INTEGER or kind.startswith("quantized")
     computes = kind in INTEGER | FLOATING | ATTENDING
     return Operator(

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from tersor.config.dtypes import FloatDtype, parse_dtype
-from tersor.deploy.graph import DEQUANTIZE, Graph, module_of
+from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of
 from tersor.deploy.lowering import Fallback
 from tersor.deploy.operators import dequantize, storage_type
+from tersor.deploy.placement import POOLS
 
 _ATEN = torch.ops.aten
 KERNELS = frozenset(
@@ -36,6 +37,25 @@ LIMITS: dict[Any, tuple[float, float] | None] = {
 }
 """Activations that are limits, with their ends; None where they are arguments."""
 BYTES = (torch.int8, torch.uint8)
+
+
+def round_before_pools(graph: Graph) -> None:
+    """Round in front of a maximum as well as behind it, so that the pattern of a pool of bytes fits.
+
+    A maximum gives a value that it was given, so the rounding behind it changes nothing any more.
+    """
+    for node in graph.calls(QUANTIZE):
+        pool = node.args[0]
+        if not isinstance(pool, fx.Node) or pool.target not in POOLS or len(pool.users) > 1:
+            continue
+        x, grid = pool.args[0], parameters_of(node)
+        if not isinstance(x, fx.Node) or x.target is DEQUANTIZE or any(each is not None for each in grid[5:]):
+            continue
+        with graph.graph.inserting_before(pool):
+            value = x.meta["val"]
+            made = graph.call(QUANTIZE, (x, *grid), node, value.to(node.meta["val"].dtype))
+            back = graph.call(DEQUANTIZE, (made, *grid[:3]), node, value.float())
+        pool.replace_input_with(x, back)
 
 
 def merge_limits(graph: Graph) -> None:
@@ -113,6 +133,9 @@ def _misfit(graph: Graph, node: fx.Node, user: fx.Node) -> str:
         return "the scale of its input is dynamic, which Inductor takes for linear layers alone"
     if storage_type(parse_dtype(kind)) not in BYTES or isinstance(parse_dtype(kind), FloatDtype):
         return f"its input is {kind}"
+    if user.target is not _ATEN.linear.default and x.meta["val"].shape[1] == 1:
+        # Seen with torch 2.13: contiguous and channels-last are the same for one channel, and it takes the wrong one.
+        return "Inductor mistakes the layout of what a convolution of one channel gives"
     return _unfit_weight(graph, node)
 
 

@@ -89,28 +89,11 @@ def lower(
         raise WrapError("the model is still wrapped", remedy="Give the compressor itself, or call its unwrap_model().")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     calibration = dict(calibration or {})
-    groups = fused_names(calibration)
-    _check_modules(model, calibration, groups)
-    compute_parametrized(model, calibration)
-    # Where the norms are folded for good already, an Identity stands in their place.
-    to_fold = [names for names in groups.values() if not _is_folded(model, names)]
-    masks = burnt_into_heads(model, masks or {}, to_fold)
-    fuse_modules(model, to_fold)
+    masks = fold_norms(model, calibration, masks or {})
     _check_parameters(model, calibration)
     stored, refused = store_parameters(model, calibration)
     _give_plain_outputs(model)
-    wrappers = ModelWrappers(model)
-    for module, targets in calibration.items():
-        for target, said in targets.items():
-            if not is_activation(target):
-                continue
-            name = f"{module}.{target}" if module else target
-            behind = groups[module][-1] if target.startswith("_output_") and module in groups else module
-            stored[name] = Stored.of(said, name)
-            wrappers[behind].stack(target).add(Rounded(name, stored[name]))
-    for module, own in masks.items():
-        for target, mask in own.items():
-            wrappers[module].stack(target).add(mask)
+    stored |= round_activations(model, calibration, masks)
     modules = {
         module: type(model.get_submodule(module)).__name__
         for module, targets in calibration.items()
@@ -122,6 +105,70 @@ def lower(
         modules,
         tuple(Fallback(*own) for own in refused),
     )
+
+
+def fold_norms(
+    model: nn.Module, calibration: CalibrationConfig, masks: Mapping[str, Mapping[str, Mask]]
+) -> dict[str, dict[str, Mask]]:
+    """Fold the norms that were quantized as one module with the layer in front of them, in place and for good.
+
+    Args:
+        model: plain; it is changed.
+        calibration: says which.
+        masks: of inputs and outputs.
+
+    Returns:
+        the masks that are still wanted: those in front of a norm are burnt in.
+
+    Raises:
+        UnmatchedError: the calibration names a module that the model does not have.
+        ConflictError: a norm cannot be folded as simulated.
+    """
+    groups = fused_names(calibration)
+    _check_modules(model, calibration, groups)
+    compute_parametrized(model, calibration)
+    # Where the norms are folded for good already, an Identity stands in their place.
+    to_fold = [names for names in groups.values() if not any(_is_identity(model, name) for name in names)]
+    left = burnt_into_heads(model, masks, to_fold)
+    fuse_modules(model, to_fold)
+    return left
+
+
+def _is_identity(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name), nn.Identity)
+
+
+def round_activations(
+    model: nn.Module, calibration: CalibrationConfig, masks: Mapping[str, Mapping[str, Mask]] | None = None
+) -> dict[str, Stored]:
+    """Put what rounds, and what masks, on inputs and outputs, in place.
+
+    Args:
+        model: plain.
+        calibration: of which the parameters are not looked at.
+        masks: of inputs and outputs.
+
+    Returns:
+        how each input and output is stored, by its name.
+    """
+    stored: dict[str, Stored] = {}
+    groups, wrappers = fused_names(calibration), ModelWrappers(model)
+    for module, targets in calibration.items():
+        for target, said in targets.items():
+            if not is_activation(target):
+                continue
+            name = f"{module}.{target}" if module else target
+            stored[name] = Stored.of(said, name)
+            wrappers[place_of(module, target, groups)].stack(target).add(Rounded(name, stored[name]))
+    for module, own in (masks or {}).items():
+        for target, mask in own.items():
+            wrappers[module].stack(target).add(mask)
+    return stored
+
+
+def place_of(module: str, target: str, groups: Mapping[str, tuple[str, ...]]) -> str:
+    """The module at which an input or output lies: that of modules quantized as one is the last one's."""
+    return groups[module][-1] if target.startswith("_output_") and module in groups else module
 
 
 def export(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> ExportedProgram:
@@ -256,10 +303,6 @@ class Rounded(Transform):
             )
         repeats = size // count
         return self.scale.repeat_interleave(repeats), self.zero_point.repeat_interleave(repeats)
-
-
-def _is_folded(model: nn.Module, names: tuple[str, ...]) -> bool:
-    return any(isinstance(model.get_submodule(name), nn.Identity) for name in names)
 
 
 def _check_modules(model: nn.Module, calibration: CalibrationConfig, groups: Mapping[str, tuple[str, ...]]) -> None:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,20 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
     return Path(path)
 
 
-def write_program(program: Program, path: str | os.PathLike[str], *, opset: int = OPSET) -> Path:
+def write_program(
+    program: Program,
+    path: str | os.PathLike[str],
+    *,
+    opset: int = OPSET,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """Write a lowered model as one ONNX file: ``QuantizeLinear`` and ``DequantizeLinear``, weights as stored numbers.
 
     Args:
         program: of :func:`tersor.deploy.lowering.lower`, prepared for an engine or not.
         path: the file to write or replace.
         opset: of the standard's operators.
+        metadata: to be found in the file.
 
     Raises:
         MissingExtraError: ONNX is not installed.
@@ -92,7 +99,7 @@ def write_program(program: Program, path: str | os.PathLike[str], *, opset: int 
     require_onnx()
     import onnx
 
-    from tersor.deploy.onnx_operators import name_by_module, pack_small_types, translations
+    from tersor.deploy.onnx_operators import join_dynamic, name_by_module, pack_small_types, translations
 
     with replacing_file(path) as temporary, _quiet_exporter(), _traced_errors(type(program).__name__):
         exported = torch.onnx.export(
@@ -105,6 +112,8 @@ def write_program(program: Program, path: str | os.PathLike[str], *, opset: int 
         )
         assert exported is not None
         pack_small_types(exported.model)
+        join_dynamic(exported.model)
+        exported.model.metadata_props.update(metadata or {})
         name_by_module(exported.model)
         exported.save(temporary, external_data=False)
         onnx.checker.check_model(os.fspath(temporary))

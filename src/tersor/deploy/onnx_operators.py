@@ -46,6 +46,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         torch.ops.tersor.quantize.default: _quantize,
         torch.ops.tersor.dequantize.default: _dequantize,
+        torch.ops.tersor.choose.default: _choose,
     }
 
 
@@ -76,14 +77,57 @@ def _dequantize(
 ) -> Any:  # fmt: skip
     """DequantizeLinear. What is stored in four bits without blocks is read as bytes, since engines compute with these.
 
-    The engine widens such a constant once, when it opens the file.
+    The engine widens such a constant once, when it opens the file. Floats of eight bits are cast and multiplied:
+    ONNX Runtime would look for an integer product behind a DequantizeLinear, and reject the file.
     """
     q = _typed(q, kind)
+    if isinstance(parse_dtype(kind), FloatDtype) and block is None:
+        if axis is not None:
+            rows = [-1 if dim == axis else 1 for dim in range(len(q.shape))]
+            scale = op.Reshape(scale, op.Constant(value_ints=rows))
+        return op.Mul(op.Cast(q, to=int(ir.DataType.FLOAT)), scale)
     if kind in PACKED and block is None:
         kind = IntDtype(8).as_config()
         q = op.Cast(q, to=int(element_type(kind)))
         zero_point = op.Cast(zero_point, to=int(element_type(kind)))
     return op.DequantizeLinear(q, scale, _typed(zero_point, kind), **_place(axis, block))
+
+
+def _choose(
+    x: Any, kind: str, scheme: str, low: float, high: float,
+    axis: Optional[int] = None, block: Optional[int] = None,  # noqa: UP045
+) -> Any:  # fmt: skip
+    """Scale and zero point of a range, in double precision as the simulation has them.
+
+    The one form that the standard has an operator for, and engines an integer product: uint8, affine, the whole tensor.
+    """
+    if (kind, scheme, low, high, axis) == ("uint8", "affine", 0, 255, None):
+        _, scale, zero_point = op.DynamicQuantizeLinear(x)
+        return scale, zero_point
+    dims = [] if axis is None else [op.Constant(value_ints=[axis])]
+    least, most = (
+        op.Cast(reduce(x, *dims, keepdims=int(axis is not None)), to=int(ir.DataType.DOUBLE))
+        for reduce in (op.ReduceMin, op.ReduceMax)
+    )
+    width, zero = _double(high - low), _double(0.0)
+    if scheme == "symmetric":
+        scale = op.Div(op.Max(op.Abs(least), op.Abs(most)), _double((high - low) / 2))
+    else:
+        least, most = op.Min(least, zero), op.Max(most, zero)
+        scale = op.Div(op.Sub(most, least), width)
+    tiny = _double(float(torch.finfo(torch.float32).tiny))
+    scale = op.Cast(op.Where(op.Less(scale, tiny), _double(1.0), scale), to=int(ir.DataType.FLOAT))
+    if scheme == "symmetric":
+        middle = 0.0 if isinstance(parse_dtype(kind), FloatDtype) else (high - low + 1) // 2 + low
+        zero_point = op.Add(op.Mul(op.Cast(scale, to=int(ir.DataType.DOUBLE)), zero), _double(middle))
+    else:
+        steps = op.Round(op.Div(least, op.Cast(scale, to=int(ir.DataType.DOUBLE))))
+        zero_point = op.Clip(op.Sub(_double(low), steps), _double(low), _double(high))
+    return scale, op.Cast(zero_point, to=int(element_type(kind)))
+
+
+def _double(value: float) -> Any:
+    return op.Constant(value=ir.tensor(np.array(value, np.float64)))
 
 
 def _typed(value: Any, kind: str) -> Any:
@@ -101,6 +145,16 @@ def _is_whole(dtype: IntDtype, low: float, high: float) -> bool:
     bits = int(element_type(dtype.as_config()).bitwidth)
     least, most = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype.signed else (0, 2**bits - 1)
     return low <= least and high >= most
+
+
+def join_dynamic(model: ir.Model) -> None:
+    """Let DynamicQuantizeLinear give the stored numbers too, where a quantizer makes them of what it chose."""
+    chosen = {node.outputs[1]: node for node in model.graph if node.op_type == "DynamicQuantizeLinear"}
+    for node in list(model.graph):
+        made = chosen.get(node.inputs[1]) if node.op_type == "QuantizeLinear" else None  # pyright: ignore
+        if made is not None and made.inputs[0] is node.inputs[0]:
+            ir.convenience.replace_all_uses_with(node.outputs[0], made.outputs[0])
+            model.graph.remove(node, safe=True)
 
 
 def pack_small_types(model: ir.Model) -> None:

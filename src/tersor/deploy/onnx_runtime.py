@@ -15,11 +15,19 @@ from torch import Tensor
 
 from tersor.config.dtypes import FloatDtype, QuantDtype
 from tersor.deploy.engine import UINT8, Engine, Operator, Session, Wishes
-from tersor.deploy.graph import Graph
+from tersor.deploy.graph import DEQUANTIZE, Graph, module_of
 from tersor.deploy.lowering import Fallback, Program
 from tersor.deploy.movement import dequantize_late, quantize_early
 from tersor.deploy.onnx import write_program
-from tersor.deploy.placement import gather_numbers, join_twins, products, unsigned_activations
+from tersor.deploy.placement import (
+    fixed_zero_points,
+    gather_numbers,
+    integer_biases,
+    join_twins,
+    products,
+    unsigned_activations,
+)
+from tersor.deploy.unsupported import in_floating_point
 from tersor.errors import CheckpointError
 
 FLOATING = frozenset(
@@ -30,12 +38,17 @@ INTEGER = frozenset(
      "DynamicQuantizeMatMul", "QAttention", "MatMulNBits"}
 )  # fmt: skip
 
-DISABLED = ("MatMulAddFusion", "DoubleQDQPairsRemover")
+DISABLED = ("MatMulAddFusion", "DoubleQDQPairsRemover", "ReluQuantRewrite", "WeightBiasQuantization")
 """Optimizers of ONNX Runtime that are kept off.
 
 The first takes a product and the sum with its bias together, and then runs them in floating point. The second takes a
-value that is rounded twice, on two grids, for one that is rounded once, on a third grid: faster, and wrong.
+value that is rounded twice, on two grids, for one that is rounded once, on a third grid: faster, and wrong. The third
+takes a ReLU for done where floats of eight bits follow, which do have negative values. The fourth rounds
+weights to int8 that nobody asked to round. Whoever opens the file without
+Tersor finds the list in its metadata (``session.get_modelmeta().custom_metadata_map``) and gives it as
+``InferenceSession(..., disabled_optimizers=...)``.
 """
+DISABLED_KEY = "tersor.disabled_optimizers"
 
 
 @final
@@ -58,22 +71,39 @@ class OnnxRuntime(Engine):
     def prepare(self, program: Program) -> tuple[Program, tuple[Fallback, ...]]:
         """Activations as uint8, each value quantized once."""
         graph = Graph(program)
+        fallbacks = _without_rows(graph)
+        fixed_zero_points(graph)
         unsigned_activations(graph)
         join_twins(graph)
         dequantize_late(graph)
         quantize_early(graph)
         join_twins(graph)
+        integer_biases(graph)
         gather_numbers(graph)
         products(graph)
-        return graph.close(), ()
+        return graph.close(), fallbacks
 
     def build(self, program: Program, folder: Path, options: Mapping[str, Any]) -> None:
-        """One file."""
-        write_program(program, folder / self.file)
+        """One file; its metadata name the optimizers that whoever opens it should keep off."""
+        write_program(program, folder / self.file, metadata={DISABLED_KEY: ",".join(DISABLED)})
 
     def open(self, folder: Path, *, threads: int | None, options: Mapping[str, Any]) -> Session:
         """A session on the CPU."""
         return _Session(folder / self.file, threads)
+
+
+def _without_rows(graph: Graph) -> tuple[Fallback, ...]:
+    """Round in floating point what has a scale for each row that is chosen while the model runs.
+
+    ONNX Runtime takes the product of such rows for one with a single scale, and then fails.
+    """
+    where: dict[str, None] = {}
+    for node in graph.calls(DEQUANTIZE):
+        axis = (*node.args[4:], None)[0]
+        if axis is not None and graph.constant(node.args[1]) is None:
+            where[module_of(node)] = None
+            in_floating_point(graph, node)
+    return tuple(Fallback(name, "a scale for each token: the product is in floating point") for name in where)
 
 
 class _Session(Session):
@@ -87,6 +117,8 @@ class _Session(Session):
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Products with weights in blocks would round what they read to int8, which nobody asked for.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         if profiled:

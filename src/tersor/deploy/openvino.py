@@ -19,12 +19,21 @@ from tersor.deploy.engine import INT8, UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import Graph
 from tersor.deploy.lowering import Fallback, Program
 from tersor.deploy.onnx import write_program
-from tersor.deploy.placement import before_pools, bytes_in_sums, join_twins, whole_ranges, wide_in_float
+from tersor.deploy.placement import (
+    before_pools,
+    bytes_in_sums,
+    is_added_unrounded,
+    is_wide,
+    join_twins,
+    round_in_float,
+    whole_ranges,
+)
 from tersor.errors import CheckpointError, InvalidValueError, TraceError
 
 PRODUCTS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"})
 ATTENDING = frozenset({"MatMul", "ScaledDotProductAttention"})
-INTEGERS = frozenset({"i8", "u8", "i4", "u4"})
+INTEGERS = ("_i8", "_u8")
+"""How names of kernels end that compute in integers; with integer weights alone they compute in f32."""
 PRECISIONS = {"f32": "", "bf16": "BF16", "f16": "FP16"}
 """By name: what the device has to be capable of."""
 SHAPES = 8
@@ -59,15 +68,24 @@ class OpenVino(Engine):
         return "" if fits else f"has no {dtype.as_config()} {'inputs and outputs' if is_activation else 'weights'}"
 
     def prepare(self, program: Program) -> tuple[Program, tuple[Fallback, ...]]:
-        """Each value quantized once, in all of int8 or uint8, and in front of pools."""
+        """Each value quantized once, in all of int8 or uint8, and in front of pools.
+
+        Where OpenVINO would not round what a convolution gives to a sum, it is made to, at the cost of some speed.
+        """
         graph = Graph(program)
-        before_pools(graph)
         join_twins(graph)
+        skipped = round_in_float(graph, lambda node: is_added_unrounded(node) and not is_wide(node))
         bytes_in_sums(graph)
+        before_pools(graph)
+        wide = round_in_float(graph, is_wide)
         whole_ranges(graph)
-        floating = wide_in_float(graph)
-        reason = "more than 8 bits: rounded in floating point, so what reads it runs in floating point"
-        return graph.close(), tuple(Fallback(where, reason) for where in floating)
+        return graph.close(), (
+            *(
+                Fallback(where, "added in floating point: OpenVINO would not round it (int16 is fast)")
+                for where in skipped
+            ),
+            *(Fallback(where, "has more than 8 bits: what reads it runs in floating point") for where in wide),
+        )
 
     def build(self, program: Program, folder: Path, options: Mapping[str, Any]) -> None:
         """``model.xml`` and ``model.bin``, by way of ONNX."""
@@ -84,6 +102,7 @@ class OpenVino(Engine):
                     where=type(program).__name__,
                     remedy="Quantize in another way, or choose another engine.",
                 ) from error
+            _drop_zero_points(model)
             # Compressed to float16, the scales would not be those of the simulation any more.
             openvino.save_model(model, folder / self.file, compress_to_fp16=False)
 
@@ -147,23 +166,69 @@ class _Session(Session):
         request = compiled.create_infer_request()
         for _ in range(PROFILED_CALLS):
             _infer(request, inputs)
+        attending = _products(self._model)
         operators: list[Operator] = []
         for node in compiled.get_runtime_model().get_ordered_ops():
             about = {key: value.astype(str) for key, value in node.get_rt_info().items()}
-            kind = about["layerType"]
-            if about["execTimeMcs"] == "not_executed":
-                continue
-            operators.append(
-                Operator(
-                    node.get_friendly_name(),
-                    kind,
-                    "int8" if about["runtimePrecision"] in INTEGERS else "float",
-                    int(about["execTimeMcs"]) / 1000,
-                    computes=kind in PRODUCTS,
-                    attends=kind in ATTENDING,
-                )
-            )
+            if about["execTimeMcs"] != "not_executed":
+                operators += _operators(node.get_friendly_name(), about, attending)
         return operators
+
+
+def _operators(name: str, about: Mapping[str, str], attending: Mapping[str, bool]) -> list[Operator]:
+    """What a node of the compiled network stands for: one operator, or the products in a subgraph.
+
+    Args:
+        name: of the node.
+        about: what the runtime says of it.
+        attending: of :func:`_products`.
+    """
+    kind, time = about["layerType"], int(about["execTimeMcs"]) / 1000
+    parts = about["originalLayersNames"].split(",")
+    products = [part for part in parts if part in attending] if kind == "Subgraph" else []
+    if not products:
+        precision = "int8" if about["primitiveType"].lower().endswith(INTEGERS) else "float"
+        return [Operator(name, kind, precision, time, kind in PRODUCTS, kind in ATTENDING)]
+    return [
+        Operator(
+            product,
+            kind,
+            # It says no precision of its parts; what is scaled after a product was a product of integers.
+            "int8" if any(part.startswith(f"{product}/Dequantization") for part in parts) else "float",
+            time / len(products),
+            computes=True,
+            attends=attending[product],
+        )
+        for product in products
+    ]
+
+
+def _products(model: Any) -> dict[str, bool]:
+    """The matrix products of a network by name: whether both operands are values, and not a weight."""
+    found: dict[str, bool] = {}
+    for node in model.get_ops():
+        if node.get_type_name() == "MatMul":
+            operand = node.input_value(1).get_node()
+            while operand.get_type_name() in ("Convert", "Subtract", "Multiply", "Reshape", "Transpose"):
+                operand = operand.input_value(0).get_node()
+            found[node.get_friendly_name()] = operand.get_type_name() != "Constant"
+    return found
+
+
+def _drop_zero_points(model: Any) -> None:
+    """Take out subtractions of nothing: OpenVINO's own pass leaves those whose constant several layers share.
+
+    Weights with a zero point run in floating point.
+    """
+    for node in model.get_ops():
+        if node.get_type_name() != "Subtract" or node.input_value(0).get_node().get_type_name() != "Convert":
+            continue
+        shift = node.input_value(1).get_node()
+        while shift.get_type_name() in ("Convert", "Reshape"):
+            shift = shift.input_value(0).get_node()
+        if shift.get_type_name() == "Constant" and not shift.data.any():
+            for reader in node.output(0).get_target_inputs():
+                reader.replace_source_output(node.input_value(0))
 
 
 def _infer(request: Any, inputs: Sequence[Tensor]) -> None:

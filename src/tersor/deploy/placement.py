@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from tersor.config.dtypes import IntDtype, parse_dtype
-from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of, same_grid
+from tersor.config.dtypes import FloatDtype, IntDtype, parse_dtype
+from tersor.deploy.graph import CHOOSE, DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of, same_grid
 from tersor.deploy.movement import readers_of
 from tersor.deploy.operators import spread, storage_type
 
@@ -70,6 +72,58 @@ def unsigned_activations(graph: Graph) -> None:
             _change_reader(user, made, shifted)
         if not node.users:
             graph.graph.erase_node(node)
+
+
+def fixed_zero_points(graph: Graph) -> None:
+    """Take the zero point of a symmetric type, which no range changes, for the constant that it is."""
+    for choice in graph.calls(CHOOSE):
+        _, kind, scheme, low, high, *_ = choice.args
+        if scheme != "symmetric":
+            continue
+        dtype = parse_dtype(kind)
+        middle = 0 if isinstance(dtype, FloatDtype) else (high - low + 1) // 2 + low  # pyright: ignore
+        for user in list(choice.users):
+            if user.target is operator.getitem and user.args[1] == 1 and user.meta["val"].dim() == 0:
+                value = torch.tensor(float(middle)).to(storage_type(dtype))
+                user.replace_all_uses_with(graph.new_constant(value, f"{choice.name}_zero_point"))
+                graph.graph.erase_node(user)
+
+
+def integer_biases(graph: Graph) -> None:
+    """Store the biases of convolutions as the integer kernels add them: in steps of both scales' product.
+
+    The one pass that changes values, by half a step of a sum of products at most: a thousandth of what the rounding of
+    one input does. A kernel would do it anyway, and engines that are told nothing leave the layer in floating point.
+    """
+    for node in graph.calls(_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default):
+        x, weight, bias = (*node.args[:3], None)[:3]
+        held = graph.constant(bias)
+        operands = [each for each in (x, weight) if isinstance(each, fx.Node) and each.target is DEQUANTIZE]
+        if held is None or len(operands) < 2 or any(part for part in (*operands[0].args[4:], *operands[1].args[4:])):
+            continue
+        scales = [graph.constant(each.args[1]) for each in operands]
+        if scales[0] is None or scales[1] is None or scales[0].dim() or not _are_bytes(operands):
+            continue
+        scale = (scales[0] * scales[1]).expand(held.shape).contiguous()
+        numbers = (held.double() / scale.double()).round()
+        if not float(numbers.abs().max()) < 2**31:
+            continue
+        name = bias.name  # pyright: ignore
+        constants = [
+            graph.new_constant(value, f"{name}_{hint}")
+            for value, hint in (
+                (numbers.to(torch.int32), "numbers"), (scale, "scale"), (torch.zeros_like(numbers).int(), "zero_point"),
+            )
+        ]  # fmt: skip
+        with graph.graph.inserting_before(node):
+            value = graph.call(DEQUANTIZE, (*constants, "int32", 0), node, bias.meta["val"])  # pyright: ignore
+        node.replace_input_with(bias, value)  # pyright: ignore
+
+
+def _are_bytes(operands: list[fx.Node]) -> bool:
+    """Whether stored numbers are integers that kernels multiply."""
+    dtypes = [parse_dtype(operand.args[3]) for operand in operands]
+    return all(isinstance(dtype, IntDtype) and dtype.bits <= UINT8.bits for dtype in dtypes)
 
 
 def gather_numbers(graph: Graph) -> None:
@@ -158,7 +212,9 @@ def bytes_in_sums(graph: Graph) -> None:
     for node in graph.calls(QUANTIZE):
         x, scale, zero_point, kind, _, high, *place = node.args
         held, shift = graph.constant(scale), graph.constant(zero_point)
-        if kind != "int16" or any(place) or held is None or shift is None or bool(shift) or not _joins(node):
+        if kind != "int16" or any(place) or held is None or shift is None or bool(shift):
+            continue
+        if not is_added_unrounded(node) or not _meets_numbers(_sum_of(node)):
             continue
         wider = graph.new_constant(held * (float(high) / 127), f"{node.name}_scale")  # pyright: ignore
         byte = graph.new_constant(shift.to(torch.int8), f"{node.name}_zero_point")
@@ -169,35 +225,75 @@ def bytes_in_sums(graph: Graph) -> None:
         graph.graph.erase_node(node)
 
 
-def _joins(node: fx.Node) -> bool:
-    """Whether a quantizer stands between a convolution and a sum with stored numbers that is rounded."""
+def joins_sum(node: fx.Node) -> bool:
+    """Whether a quantizer stands between a convolution, with what runs in its kernel, and a sum."""
     source, readers = node.args[0], list(node.users)
+    while isinstance(source, fx.Node) and len(source.users) == 1 and _runs_in_kernel(source):
+        source = source.args[0]
     if not isinstance(source, fx.Node) or source.target not in CONVOLUTIONS or len(source.users) > 1:
         return False
     sums = [user for reader in readers for user in reader.users]
-    if len(readers) != 1 or len(sums) != 1 or sums[0].target is not _ATEN.add.Tensor:
+    return len(readers) == 1 and len(sums) == 1 and sums[0].target is _ATEN.add.Tensor
+
+
+def is_added_unrounded(node: fx.Node) -> bool:
+    """Whether OpenVINO leaves out what a quantizer does: it joins a sum, and one quantizer reads the sum."""
+    if not joins_sum(node):
         return False
-    if not all(isinstance(operand, fx.Node) and operand.target is DEQUANTIZE for operand in sums[0].args):
-        return False
-    total = sums[0]
-    while len(total.users) == 1 and (follower := next(iter(total.users))).target in LIMITS:
+    total = _sum_of(node)
+    if not is_wide(node) and any(_is_wide_value(operand) for operand in total.args):
+        return False  # one operand is added unrounded, and that is the other one
+    while len(total.users) == 1 and _runs_in_kernel(follower := next(iter(total.users))):
         total = follower
-    kinds = {parse_dtype(str(user.args[3])) if user.target is QUANTIZE else None for user in total.users}
-    return len(total.users) == 1 and all(isinstance(kind, IntDtype) and kind.bits <= 8 for kind in kinds)
+    return len(total.users) == 1 and all(user.target is QUANTIZE and not is_wide(user) for user in total.users)
 
 
-def wide_in_float(graph: Graph) -> list[str]:
-    """Round what has 16 bits in floating-point operators, which give the same values; the modules where it was."""
+def _meets_numbers(total: fx.Node) -> bool:
+    """Whether both operands of a sum are stored numbers, moved or limited maybe."""
+    for operand in total.args:
+        while isinstance(operand, fx.Node) and operand.target in LIMITS | POOLS:
+            operand = operand.args[0]
+        if not isinstance(operand, fx.Node) or operand.target is not DEQUANTIZE:
+            return False
+    return True
+
+
+def _is_wide_value(node: Any) -> bool:
+    """Whether a value comes from numbers of more than 8 bits that would be added unrounded."""
+    source = node.args[0] if isinstance(node, fx.Node) and node.target is DEQUANTIZE else None
+    return isinstance(source, fx.Node) and source.target is QUANTIZE and is_wide(source) and joins_sum(source)
+
+
+def _sum_of(node: fx.Node) -> fx.Node:
+    """The sum that a quantizer joins."""
+    return next(iter(next(iter(node.users)).users))
+
+
+def _runs_in_kernel(node: fx.Node) -> bool:
+    """Whether a call goes value by value, so that a convolution's kernel takes it along."""
+    operator: Any = node.target
+    operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
+    pointwise = torch.Tag.pointwise in getattr(operator, "tags", ()) or operator is _ATEN.hardswish.default
+    return pointwise and len(operands) == 1
+
+
+def round_in_float(graph: Graph, wanted: Callable[[fx.Node], bool]) -> list[str]:
+    """Round some values in floating-point operators, which give the same values; the modules where that was.
+
+    Args:
+        graph: changed in place.
+        wanted: whether a quantizer is meant.
+    """
     places: list[str] = []
     for node in graph.calls(QUANTIZE):
         x, scale, zero_point, kind, low, high, *place = node.args
-        dtype = parse_dtype(str(kind))
         held, shift = graph.constant(scale), graph.constant(zero_point)
-        if not isinstance(dtype, IntDtype) or dtype.bits <= 8 or any(place) or held is None or shift is None:
+        whole = isinstance(parse_dtype(str(kind)), IntDtype)
+        if not whole or any(place) or held is None or shift is None or not wanted(node):
             continue
+        like: Any = x
+        least, most = (float(end) - float(shift) for end in (low, high))  # pyright: ignore
         with graph.graph.inserting_before(node):
-            least, most = (float(end) - float(shift) for end in (low, high))  # pyright: ignore
-            like: Any = x
             value = graph.call(_ATEN.mul.Tensor, (x, float(1 / held)), like)
             value = graph.call(_ATEN.round.default, (value,), like)
             value = graph.call(_ATEN.clamp.default, (value, least, most), like)
@@ -208,6 +304,12 @@ def wide_in_float(graph: Graph) -> list[str]:
         graph.graph.erase_node(node)
         places.append(module_of(like))
     return places
+
+
+def is_wide(node: fx.Node) -> bool:
+    """Whether a quantizer gives more than 8 bits."""
+    dtype = parse_dtype(str(node.args[3]))
+    return isinstance(dtype, IntDtype) and dtype.bits > 8
 
 
 def whole_ranges(graph: Graph) -> None:

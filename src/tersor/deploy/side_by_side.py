@@ -116,11 +116,13 @@ class SideBySide:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Where a compressed model is not measurably faster than the first one in fp32 on the same engine."""
+        """What was not run and why, and what is not measurably faster than the first model in fp32 on its engine."""
         return tuple(self._notes())
 
     def _notes(self) -> Iterator[str]:
         for way in self.ways:
+            if way.skipped:
+                yield f"{way.name} was not run: {way.skipped}"
             base = self.base_of(way)
             if base is None or way is base or way.precision == "bf16":
                 continue
@@ -145,8 +147,6 @@ class SideBySide:
         for batch in self.batch_sizes:
             for heading in (f"batch\n{batch}", "vs\neager", "vs\nfp32"):
                 table.add_column(heading, justify="right", no_wrap=True)
-        if any(way.skipped for way in self.ways):
-            table.add_column("why not")
         for way in self.ways:
             row = [way.name, "" if way.bytes is None else si(way.bytes, "B")]
             row.append("" if way.snr is None or way is self.ways[0] else f"{way.snr:.0f}")
@@ -154,7 +154,7 @@ class SideBySide:
                 row.append(si(way.latency[batch].median, "s") if way.latency else "")
                 over = (self.ways[0], self.base_of(way))
                 row += ["" if own is None or own is way else _times(self.gain(way, batch, own)) for own in over]
-            table.add_row(*row, *([way.skipped] if way.skipped else []))
+            table.add_row(*row)
         return table
 
     __rich__ = table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -44,7 +45,7 @@ def fit_types(
         name, reason = next(iter(lacking.items()))
         others = f" (nor {len(lacking) - 1} others that are quantized)" if len(lacking) > 1 else ""
         raise InvalidValueError(
-            f"{engine.title} {reason}{others}",
+            f"{engine.title} {reason} for {_described(program, name)}{others}",
             where=name,
             remedy="unsupported='widen' stores the numbers as a wider type, 'float' the values in floating point.",
         )
@@ -58,16 +59,25 @@ def fit_types(
         is_weight = graph.constant(node.args[0]) is not None
         if (str(node.args[3]), is_weight) in wider:
             _fit(graph, node, wider[str(node.args[3]), is_weight])
-    fallbacks = []
+    fallbacks, targets = [], dict(program.targets)
     for name, reason in lacking.items():
         to = wider[program.targets[name].kind, not _is_activation(name)]
         what = "its values stay in floating point" if to is None else f"stored as {to.as_config()}"
         fallbacks.append(Fallback(name, f"{engine.title} {reason}: {what}"))
-    return graph.close(), tuple(fallbacks)
+        stored = targets.pop(name)
+        if to is not None:
+            targets[name] = replace(stored, dtype=to)
+    return graph.close(targets=targets), tuple(fallbacks)
 
 
 def _is_activation(name: str) -> bool:
     return is_activation(name.rpartition(".")[2])
+
+
+def _described(program: Program, name: str) -> str:
+    kind = program.modules.get(name.rpartition(".")[0])
+    values = "activations" if _is_activation(name) else "weights"
+    return f"{values} of {kind}" if kind else values
 
 
 def _lacks(engine: Engine, dtype: QuantDtype, name: str) -> str:

@@ -75,7 +75,7 @@ def store_parameters(
             own = Stored.of(targets[target], name, values.shape)
             numbers = own.numbers(values)
             if own.kind == "int1" or "magnitude" in targets[target]:
-                _check_rounded(values, own.values(numbers), name)
+                check_rounded(values, own.values(numbers), name)
             if isinstance(model.get_submodule(module), nn.RNNBase):
                 values.copy_(own.values(numbers))
                 refused.append((name, "recurrent layers run in floating point, on the rounded values"))
@@ -88,7 +88,7 @@ def store_parameters(
     return stored, refused
 
 
-def _check_rounded(values: Tensor, rounded: Tensor, where: str) -> None:
+def check_rounded(values: Tensor, rounded: Tensor, where: str) -> None:
     """Refuse latent weights of methods whose numbers do not follow from them by rounding.
 
     Raises:

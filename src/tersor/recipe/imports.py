@@ -80,7 +80,7 @@ def call_object(path: str, where: str = "") -> Any:
         raise ConfigError(
             f"{path!r} failed ({type(error).__name__}: {error}).",
             where=where,
-            remedy="It is called without arguments; --traceback shows where it failed.",
+            remedy="It is called without arguments; --traceback shows where.",
         ) from error
 
 

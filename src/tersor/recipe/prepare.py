@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tersor.checkpoint import load
-from tersor.errors import ConfigError, ConflictError, InvalidValueError
+from tersor.errors import ConfigError, ConflictError, InvalidValueError, TersorError
 from tersor.graph.coupling import coupling_of
 from tersor.pruning import Pruner
 from tersor.pruning.learning import LearningPruner
@@ -160,8 +160,23 @@ def build_data(path: str, where: str) -> Data:
         )
     example_inputs = getattr(found, "example_input", None)
     if example_inputs is None:
-        example_inputs = LoaderLoop(train, None, device=None, scheduler_interval="epoch").first_inputs()
+        example_inputs = _first_inputs(train, path, where)
     return Data(train, test, getattr(found, "metric", None), example_inputs)
+
+
+def _first_inputs(train: Iterable[Any], path: str, where: str) -> Any:
+    try:
+        return LoaderLoop(train, None, device=None, scheduler_interval="epoch").first_inputs()
+    except TersorError:
+        raise
+    except StopIteration:
+        raise ConfigError(f"{path!r} gave no batch.", where=where) from None
+    except Exception as error:
+        raise ConfigError(
+            f"{path!r}: its first batch failed ({type(error).__name__}: {error}).",
+            where=where,
+            remedy="--traceback shows where.",
+        ) from error
 
 
 def make_optimizer(tuning: FineTuning, model: nn.Module) -> torch.optim.Optimizer:

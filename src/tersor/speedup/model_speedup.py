@@ -64,6 +64,8 @@ class SpeedupReport:
             small model's numbers differ from the masked one's.
         attributes: numbers that modules keep beside their tensors and that were made right, before and after.
         not_folded: channels whose constants could not be folded (``constants="fold"``) and were masked, and why.
+        kept: for each tensor that was cut, dimension to bool vector, True where the index stayed: what belongs to the
+            tensor and lives elsewhere (scales, importances) is cut along with it.
         repairs: sizes in the code that were made right in the returned graph; empty where the model kept its class.
         error: largest difference of the small model's outputs from the masked model's, relative to the largest output;
             None where verification was turned off.
@@ -77,6 +79,7 @@ class SpeedupReport:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
     not_folded: tuple[LeftAlone, ...] = ()
+    kept: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
 
 
 class ModelSpeedup:
@@ -245,6 +248,7 @@ class ModelSpeedup:
             small.attributes,
             small.repairs,
             () if constants is None else tuple(LeftAlone(n.target, n.count, n.reason) for n in constants.not_folded),
+            coupling.kept(removed),
         )
         return small.model
 

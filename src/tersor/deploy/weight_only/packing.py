@@ -114,11 +114,12 @@ def _group(stored: Stored, values: Tensor, where: str) -> int:
         steps = [own[:, 1:] != own[:, :-1] for own in (stored.scale, stored.zero_point)]
         changes = torch.nonzero((steps[0] | steps[1]).any(0)).flatten() + 1
         group = math.gcd(columns, *changes.tolist())
-    if columns % group or group == 1:
+    assert columns % group == 0
+    if group == 1:
         raise InvalidValueError(
-            f"its scales belong to groups of {group} of its {columns} columns",
+            "each of its columns has a scale of its own",
             where=where,
-            legal=("one scale for each row", "groups that divide the columns"),
+            legal=("one scale for each row", "one for each group of columns"),
             remedy="Set granularity: out_channel or [1, 32].",
         )
     return group

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from tersor.compressor import Compressor
 from tersor.config.values import is_activation
 from tersor.deploy.lowering import Fallback
-from tersor.deploy.operators import dequantize
 from tersor.deploy.plain import plain_copy
 from tersor.deploy.stored import Stored
 from tersor.deploy.weight_only.packing import Integers
+from tersor.deploy.weights import check_rounded
 from tersor.errors import InvalidValueError, MissingExtraError, UnmatchedError, WrapError, nearest
 from tersor.graph.inputs import named_tensors
 from tersor.quantization.base import CalibrationConfig
@@ -123,6 +123,9 @@ def collect(
                     "the model has no such parameter", where=f"calibration[{module!r}]", remedy=nearest(name, tensors)
                 )
             stored = Stored.of(said, name, tensors[name].shape)
+            if stored.kind == "int1" or "magnitude" in said:
+                values = tensors[name].detach().cpu()
+                check_rounded(values, stored.values(stored.numbers(values)), name)
             names = (name, *(other for other in tensors if other != name and tensors[other] is tensors[name]))
             try:
                 _refuse_norms(modules, said)
@@ -222,8 +225,7 @@ def _rounded(stored: Stored, values: Tensor) -> Tensor:
     """The values on their grid, in their own type."""
     if stored.scale is None or stored.zero_point is None:
         return values.detach()
-    numbers = stored.numbers(values.detach().cpu())
-    return dequantize(numbers, stored.scale, stored.zero_point, stored.kind, stored.axis, stored.block).to(values.dtype)
+    return stored.values(stored.numbers(values.detach().cpu())).to(values.dtype)
 
 
 def _report_dropped(dropped: list[str], format_name: str) -> list[Fallback]:
