@@ -1,8 +1,6 @@
 """From simulated to real, and the proof: what departs, or does not run in integers, is not handed out."""
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -62,18 +60,15 @@ def with_fault(monkeypatch, noise=0.0, precision="int8"):
     monkeypatch.setattr(OnnxRuntime, "open", faulty)
 
 
-def folders():
-    return set(Path(tempfile.gettempdir()).glob("tersor-*"))
-
-
-def test_an_engine_that_computes_something_else(monkeypatch):
+def test_an_engine_that_computes_something_else(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with_fault(monkeypatch, noise=0.1)  # 20 dB
-    quantizer, before = quantized(), folders()
+    quantizer = quantized()
     speedup = QuantizationSpeedup(quantizer, X, engine="onnxruntime")
     with pytest.raises(VerificationError, match=r"ONNX Runtime: the outputs depart .* 2\d\.\d dB, less than"):
         speedup.compile()
     assert speedup.report is None
-    assert folders() <= before
+    assert list(tmp_path.iterdir()) == []
     with pytest.warns(UserWarning, match="the outputs depart from the simulation's"):
         compiled = QuantizationSpeedup(quantizer, X, engine="onnxruntime", on_failure="warn").compile()
     assert 15 < compiled.report.simulation_snr < 25

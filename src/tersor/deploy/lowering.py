@@ -19,7 +19,7 @@ from tersor.analysis.batches import batch_size_of, with_batch_size
 from tersor.config.values import is_activation
 from tersor.deploy.operators import choose, dequantize, quantize
 from tersor.deploy.stored import Stored
-from tersor.deploy.structure import plain_nesting
+from tersor.deploy.structure import arguments_of, plain_nesting
 from tersor.deploy.weights import burnt_into_heads, compute_parametrized, store_parameters
 from tersor.errors import CheckpointError, TersorError, TraceError, UnmatchedError, WrapError, nearest
 from tersor.graph.inputs import as_call, evaluating, named_tensors
@@ -185,6 +185,8 @@ def export(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
         shapes = {name: _free_batch(value, batch) for name, value in named.items()}
         # torch.export would take a batch of 1 for a constant.
         args, kwargs = with_batch_size(example_inputs, max(batch, 2))
+    # In the order of forward, whatever that of the example: so the program's inputs are, and a signature's.
+    kwargs = {name: kwargs[name] for name in arguments_of(model, args, kwargs) if name in kwargs}
     with evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch.export's own, about itself
         # Recurrent layers keep their weights a second time; what is written there is what was there.

@@ -189,7 +189,9 @@ def _rounded(graph: Graph, quantizing: fx.Node, scales: Tensor | None, zeros: Te
 
 def _signs(graph: Graph, x: Any, like: fx.Node) -> fx.Node:
     """-1 below zero and 1 elsewhere."""
-    minus, plus = (graph.new_constant(torch.tensor(sign), f"{like.name}_{sign:+.0f}") for sign in (-1.0, 1.0))
+    minus, plus = (
+        graph.new_constant(torch.tensor(sign), f"{like.name}_{name}") for sign, name in ((-1.0, "minus"), (1.0, "plus"))
+    )
     below = _call(graph, _ATEN.lt.Scalar, (x, 0.0), like)
     return _call(graph, _ATEN.where.self, (below, minus, plus), like)
 
