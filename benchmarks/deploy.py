@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,14 +154,15 @@ def work(folder: Path) -> Callable[[Item, Callable[[Record], None]], Record]:
     return measure
 
 
-def run(folder: Path, items: list[Item], *, again: bool) -> None:
+def run(folder: Path, items: list[Item], *, again: bool, jobs: int) -> None:
     """Do what is missing, and failures again; rows that share files come after those that write them."""
     wanted = [item for item in items if again or "error" in read(record_of(folder, item))]
     for name in {item.network for item in wanted}:
         model_of(folder, name)
         if NETWORKS[name].channels:
             model_of(folder, name, half=True)
-    for outcome in run_each(work(folder), wanted, limit=LIMIT):
+    own = [item for item in wanted if ROWS[item.row].base is None]
+    for outcome in chain(*(run_each(work(folder), part, jobs=jobs, limit=LIMIT) for part in (own, shared(wanted)))):
         record = {**outcome.item._asdict(), **outcome.record}
         if outcome.ended is not None:
             record["error"] = outcome.ended
@@ -169,6 +171,11 @@ def run(folder: Path, items: list[Item], *, again: bool) -> None:
         write_text(path, json.dumps(record) + "\n")
         print(json.dumps(record)[:600], flush=True)
         collect(folder)
+
+
+def shared(items: list[Item]) -> list[Item]:
+    """Those that open another row's files."""
+    return [item for item in items if ROWS[item.row].base is not None]
 
 
 def read(path: Path) -> Record:
@@ -247,6 +254,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=[*NETWORKS], default=[*NETWORKS], metavar="NETWORK")
     parser.add_argument("--rows", nargs="+", choices=[*ROWS], default=[*ROWS], metavar="ROW")
     parser.add_argument("--again", action="store_true", help="also what is finished already")
+    parser.add_argument("--jobs", type=int, default=1, help="rows that are built at a time, each on one core")
     parser.add_argument("--seconds", type=float, default=25.0, help="of one batch size with one number of threads")
     options = parser.parse_args()
     folder = options.artefacts.resolve()
@@ -255,7 +263,7 @@ def main() -> None:
     elif options.step != "collect":
         items = build_items() if options.step == "build" else accuracy_items()
         chosen = [item for item in items if item.network in options.networks and item.row in options.rows]
-        run(folder, chosen, again=options.again)
+        run(folder, chosen, again=options.again, jobs=options.jobs)
     collect(folder)
 
 
