@@ -134,7 +134,7 @@ def _quantizing() -> tuple[Any, ...]:
 
 def _inline(graph: Graph, node: fx.Node, own: Any) -> None:
     """Write what an operator of ours computes in ATen's operators."""
-    values = [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in node.args]
+    values: list[Any] = [argument.meta["val"] if isinstance(argument, fx.Node) else argument for argument in node.args]
     tensors = [index for index, value in enumerate(values) if isinstance(value, Tensor)]
 
     def compute(*given: Tensor) -> Any:
