@@ -13,7 +13,7 @@ from tersor.quantization import Quantizer
 from tersor.storage import load_calibration
 
 README = Path(__file__).parents[1] / "README.md"
-PRUNING, QUANTIZATION = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+PRUNING, QUANTIZATION, _ = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 class Block(nn.Module):

@@ -19,11 +19,6 @@ from tests.deploy.toy import Attention, net
 X = torch.randn(4, 3, 8)
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 def ran(*operators, fallbacks=()):
     """What an engine says that it ran, without the engine."""
     return SimpleNamespace(report=SimpleNamespace(operators=operators, fallbacks=fallbacks))

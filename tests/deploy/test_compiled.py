@@ -17,11 +17,6 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 class TwoOutputs(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,6 +1,5 @@
 """Programs in the operators that torch's own compilers know: the same bits."""
 
-import pytest
 import torch
 import torch._dynamo  # slow to import, which is no test's fault
 from torch import nn
@@ -13,11 +12,6 @@ from tersor.quantization import PtqQuantizer
 
 INT8 = {"quant_dtype": "int8", "quant_scheme": "symmetric"}
 UINT8 = {"quant_dtype": "uint8", "quant_scheme": "affine"}
-
-
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
 
 
 class Parallel(nn.Module):

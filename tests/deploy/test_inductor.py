@@ -18,11 +18,6 @@ from tersor.quantization import PtqQuantizer
 needs_compiler = pytest.mark.skipif(bool(Inductor.why_not()), reason=Inductor.why_not())
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 class Net(nn.Module):
     """What the patterns match and what they must not: convolutions of one channel or transposed, narrow ranges."""
 

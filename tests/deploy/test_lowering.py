@@ -40,11 +40,6 @@ from tests.deploy.lowered import (
 )
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 def of_net(quantizer):
     return departure(quantizer, batches()[0][:2], fresh())
 

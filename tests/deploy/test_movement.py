@@ -11,11 +11,6 @@ from tersor.deploy.operators import dequantize, quantize
 from tersor.deploy.placement import join_twins
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 class Rounds(nn.Module):
     """A function around which values are rounded; ``grid`` is a scale, a zero point and a range of uint8."""
 

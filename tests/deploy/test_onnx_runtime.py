@@ -18,11 +18,6 @@ ROWS = {"quant_dtype": "int8", "granularity": [1, -1]}
 BYTES = {"quant_dtype": "uint8", "quant_scheme": "affine"}
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 def built(net, example, forms, folder):
     torch.manual_seed(0)
     kinds = ["Linear", "Conv2d"]

@@ -79,11 +79,6 @@ def compiled(quantizer: PtqQuantizer, example: Tensor, **more: Any) -> CompiledM
     return QuantizationSpeedup(quantizer, example, engine="openvino", **settings).compile()
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind() -> None:
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 @pytest.fixture(scope="module")
 def artefact() -> tuple[CompiledModel, nn.Module]:
     """The blocks as OpenVINO wants them quantized, and their simulation."""

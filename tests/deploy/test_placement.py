@@ -10,11 +10,6 @@ from tersor.deploy.placement import gather_numbers, integer_biases, join_twins, 
 from tersor.quantization import PtqQuantizer
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 def lowered(net, example, **forms):
     kinds = sorted({type(module).__name__ for module in net.modules() if hasattr(module, "weight")})
     config = [{"op_types": kinds, "target_names": list(forms), "target_settings": forms}]

@@ -13,11 +13,6 @@ from tersor.wrapping import is_wrapped
 from tests.deploy.lowered import GROUPS, Net, batches, entries, ptq, simulated
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: wrapped models are dropped as they are."""
-
-
 def with_groups(config_list):
     return [{**entry, "fuse_names": GROUPS} for entry in config_list]
 

@@ -22,11 +22,6 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 LAYERS = [
     {"op_types": ["Linear"], "target_names": ["weight"], "quant_dtype": "int8"},
@@ -178,7 +173,10 @@ def kinds_in(program):
 def test_types_that_the_engine_lacks():
     program, x = mixed(), 1.5 * torch.randn(5, 8)
     expected = program_outputs(program, x)
-    with pytest.raises(InvalidValueError, match=r"1\.weight: Bytes has no int3 \(nor 7 others.*unsupported='widen'"):
+    with pytest.raises(
+        InvalidValueError,
+        match=r"1\.weight: Bytes has no int3 for weights of Linear \(nor 7 others.*unsupported='widen'",
+    ):
         fit_types(program, OnlyBytes(), "error")
     wide, fallbacks = fit_types(program, OnlyBytes(), "widen")
     assert kinds_in(wide) == {"int8", "uint8"}

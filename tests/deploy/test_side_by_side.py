@@ -18,11 +18,6 @@ X = torch.randn(4, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 QUICK = {"repeats": 3, "seconds": 0.2}
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 def way(model, runs_on, precision, *seconds):
     return Way(model, runs_on, precision, 1000, 40.0, {1: Latency(seconds)})
 

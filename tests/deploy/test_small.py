@@ -20,11 +20,6 @@ from tersor.quantization import PtqQuantizer, QATQuantizer, auto_fuse
 from tersor.speedup.verify import outputs_of
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 class Net(nn.Module):
     def __init__(self):
         super().__init__()

@@ -9,11 +9,6 @@ from tersor.deploy import slower_layers, smaller
 from tests.deploy.toy import TwoConvolutions
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 def test_layers_that_take_as_long_as_before_are_named(monkeypatch):
     milliseconds = {8: {"conv1": 1.0, "conv2": 2.0}, 6: {"conv1": 1.1, "conv2": 1.5}}
     monkeypatch.setattr(smaller, "_milliseconds", lambda model, *_: milliseconds[model.conv1.out_channels])

@@ -17,11 +17,6 @@ from tests.deploy.lowered import largest_difference, program_of, program_outputs
 with_tensorrt = pytest.mark.skipif(bool(TensorRT.why_not()), reason=f"TensorRT: {TensorRT.why_not()}")
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 def layers(*settings):
     """One linear layer for each setting of its input; weights int8."""
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in settings))

@@ -13,11 +13,6 @@ from tersor.errors import InvalidValueError
 from tersor.quantization import PtqQuantizer
 
 
-@pytest.fixture(autouse=True)
-def leaves_nothing_behind():
-    """In place of the fixture for all tests: torch.export leaves hooks on modules of its own."""
-
-
 class Lacking(Engine):
     """An engine that has some types and nothing else."""
 
