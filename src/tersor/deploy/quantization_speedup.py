@@ -39,9 +39,10 @@ OnFailure = Literal["error", "warn"]
 Unsupported = Literal["error", "float", "widen"]
 FLOOR_MARGIN = 6.0
 """So many dB below what the simulation has against itself an artefact may lie."""
-SHAKEN = 3e-7
-"""What sums of single precision are off by, of the largest value: a few times its last digit."""
+SHAKEN = 1e-7
+"""What float32 is off by where values are rounded, of the largest: 0.2 to 1.2e-7, ``benchmarks/rounding_noise.py``."""
 DRAWS = 4
+"""The simulation is shaken so many times: in a small network it takes luck to hit a value that tips over."""
 
 
 class QuantizationSpeedup:
@@ -64,8 +65,8 @@ class QuantizationSpeedup:
         unpruned: the report of the same model compiled before it was pruned; a warning names the operators that did
             not get faster.
         min_snr: outputs are to agree with the simulation's by so many dB. Deep networks amplify what differs in the
-            last digit where a value is rounded the other way; so what the simulation has against itself, its inputs
-            changed by a millionth, is enough (less six dB).
+            last digit where a value is rounded the other way; so what the simulation has against itself, its values
+            changed by what float32 is off by, is enough (less six dB).
         min_coverage: of the convolutions and products that the calibration quantizes, this share has to run in int8.
         on_failure: ``error`` or ``warn`` where one of these fails.
         unsupported: what becomes of types that the engine lacks: an ``error``, ``float`` (the values stay rounded), or

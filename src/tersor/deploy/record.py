@@ -38,8 +38,8 @@ class DeployReport:
         int8: how many convolutions and products run in integers.
         simulation_snr: the outputs against those of the simulation, in dB.
         float_snr: the outputs against those of the model before, in dB; None where that is not known.
-        floor: what the simulation has against itself where its inputs change by a millionth, in dB; None where it was
-            not needed.
+        floor: what the simulation has against itself where its values change by what float32 is off by, in dB; None
+            where it was not needed.
         top1: the share of samples whose largest output is that of the simulation.
         fallbacks: what does not run as asked, and why.
         milliseconds: the median of a call on the example inputs; None where it was not measured.
