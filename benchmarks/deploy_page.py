@@ -75,7 +75,8 @@ def page(document: Document | None = None) -> str:
 
 ROWS = """Milliseconds of a call. *File* is in MB, and as a share of that in fp32 on the same engine. *SNR* is of the
 outputs against the network in fp32; *simulation* is of the artefact against what `PtqQuantizer` simulated, and in
-brackets stands the floor, what the simulation has against itself where values change by what float32 is off by, if it is under 40.
+brackets stands the floor, what the simulation has against itself where values change by what float32 is off by, if it
+is under 40.
 *Int8* is how many convolutions and products run in int8 by the engine's own profile; for peers products of attention
 are among them, for Tersor they are not.
 """

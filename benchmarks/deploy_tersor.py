@@ -27,7 +27,8 @@ def quantized(task: Task, engine: str) -> PtqQuantizer:
     """The network, calibrated."""
     example = task.network.example(4)
     model, config_list = engine_config(task.model, example, engine=engine)
-    quantizer = PtqQuantizer(model, config_list, example_inputs=example, calibration=task.calibration)
+    batches = [(*inputs, None) for inputs in task.calibration]  # what stands last is taken for the targets
+    quantizer = PtqQuantizer(model, config_list, example_inputs=example, calibration=batches)
     quantizer.compress()
     return quantizer
 
