@@ -103,6 +103,20 @@ def test_biases_of_convolutions_change_by_half_a_step_at_most():
     assert [node.args[3] for node in calls(after, DEQUANTIZE)].count("int32") == 1
 
 
+def test_biases_of_dead_channels_get_numbers_too():
+    """They are as large as billions of steps of weights that are next to nothing."""
+    torch.manual_seed(0)
+    example, net = torch.randn(2, 3, 6, 6), nn.Sequential(nn.Conv2d(3, 4, 3))
+    net[0].weight.data[1] *= 1e-12
+    net[0].bias.data[1] = 3.0
+    program = lowered(net, example, weight={"granularity": [1, -1, -1, -1]}, _input_0={})
+    after = changed(program, example, integer_biases, equal=False)
+    before, now = (each.exported.module()(example) for each in (program, after))
+    assert float((before - now)[:, 1].abs().max()) < 1e-6
+    assert float((before - now).abs().max()) < float(program.targets["0.weight"].scale.max())
+    assert [node.args[3] for node in calls(after, DEQUANTIZE)].count("int32") == 1
+
+
 def test_biases_of_layers_in_floating_point_stay():
     example, net = torch.randn(2, 3, 6, 6), nn.Sequential(nn.Conv2d(3, 4, 3))
     program = lowered(net, example, weight={})

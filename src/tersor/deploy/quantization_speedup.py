@@ -356,6 +356,6 @@ def source_of(node: fx.Node) -> fx.Node:
 _MOVEMENT = frozenset(
     {
         _ATEN.permute.default, _ATEN.transpose.int, _ATEN.t.default, _ATEN.view.default, _ATEN.reshape.default,
-        _ATEN.unsqueeze.default, _ATEN.expand.default,
+        _ATEN.unsqueeze.default, _ATEN.expand.default, _ATEN.pad.default, _ATEN.constant_pad_nd.default,
     }
 )  # fmt: skip
