@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from tersor.config.dtypes import FloatDtype, parse_dtype
 from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of
 from tersor.deploy.lowering import Fallback
+from tersor.deploy.movement import POOLS
 from tersor.deploy.operators import dequantize, storage_type
-from tersor.deploy.placement import POOLS
 
 _ATEN = torch.ops.aten
 KERNELS = frozenset(
