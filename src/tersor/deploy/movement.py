@@ -85,7 +85,7 @@ def dequantize_late(graph: Graph) -> None:
             continue
         if node.target in SPLITS:
             continue  # its parts are rounded, each by itself
-        ranges = [_range_of(source) for source in sources]
+        ranges = [_range_of(source) for source in sources]  # pyright: ignore
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         scale, zero_point, kind, *place = parameters_of(first)
         if node.target in PADS and not _holds_zero(graph, zero_point, low, high):
