@@ -6,7 +6,7 @@ from torch import nn
 
 from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph
 from tersor.deploy.lowering import Program, export
-from tersor.deploy.movement import dequantize_late, quantize_early
+from tersor.deploy.movement import before_pools, dequantize_late, quantize_early
 from tersor.deploy.operators import dequantize, quantize
 from tersor.deploy.placement import join_twins
 
@@ -136,6 +136,81 @@ def test_a_relu_of_rounded_values_ends_in_the_range_of_the_first_rounding():
     assert kinds(after) == ["Q", "DQ"]
     (node,) = (node for node in after.exported.graph.nodes if node.target is QUANTIZE)
     assert node.args[4:6] == (100, 255)
+
+
+def test_a_limit_halfway_between_two_numbers_is_rounded_as_the_values_are():
+    # A step of which 6 are so many and a half in single precision, and a little less or more in double precision.
+    scale = next(
+        float(scale)
+        for scale in (6 / (torch.arange(40.0, 250.0) + 0.5))
+        if quantize(torch.tensor(6.0), scale, torch.tensor(0), "uint8", 0, 255)
+        != quantize(torch.tensor(6.0), scale, torch.tensor(0), "int32", 0, 255)
+    )
+    example = torch.linspace(-40, 40, 3 * 4 * 64).view(3, 4, 8, 8)
+    after = programs(Rounds(nn.functional.relu6, after=(scale, 0)), quantize_early, example=example)
+    assert kinds(after) == ["Q", "DQ"]
+
+
+class OnGrid(nn.Module):
+    """Values of a convolution, some rounded in one range and some in another of the same grid, then a function."""
+
+    def __init__(self, function, *ranges, kind="uint8", zero_point=100):
+        super().__init__()
+        self.function, self.ranges, self.kind = function, ranges, kind
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.register_buffer("scale", torch.tensor(0.02))
+        self.register_buffer("zero", torch.tensor(zero_point, dtype=torch.int8 if kind == "int1" else torch.uint8))
+
+    def forward(self, x):
+        x = self.conv(x)
+        rounded = [
+            dequantize(quantize(x, self.scale, self.zero, self.kind, low, high), self.scale, self.zero, self.kind)
+            for low, high in self.ranges
+        ]
+        return self.function(*rounded) * 2.0
+
+
+def test_joined_values_keep_the_widest_of_their_ranges():
+    after = programs(OnGrid(lambda *values: torch.cat(values, 1), (98, 102), (0, 255)), dequantize_late)
+    assert [node.args[4:6] for node in after.exported.graph.nodes if node.target is QUANTIZE][-1] == (0, 255)
+
+
+def test_a_zero_outside_the_range_is_not_rounded():
+    after = programs(OnGrid(lambda x: nn.functional.pad(x, (1, 1)), (110, 120)), dequantize_late)
+    assert kinds(after).count("Q") == 1
+
+
+def test_signs_have_no_zero_to_limit_or_to_keep():
+    after = programs(OnGrid(torch.relu, (-1, 1), kind="int1", zero_point=0), dequantize_late)
+    assert kinds(after).count("Q") == 1
+
+    class Limited(OnGrid):
+        def forward(self, x):
+            return dequantize(
+                quantize(self.conv(x).relu(), self.scale, self.zero, "int1", -1, 1), self.scale, self.zero, "int1"
+            ).mul(2.0)
+
+    assert "relu" in kinds(programs(Limited(None, kind="int1", zero_point=0), quantize_early))
+
+
+def test_a_pool_is_left_alone_where_each_sample_has_a_scale():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.tensor([0.01, 0.02, 0.03]))
+            self.register_buffer("zero", torch.zeros(3, dtype=torch.int8))
+
+        def forward(self, x):
+            x = nn.functional.max_pool2d(x * 1.0, 2)
+            return dequantize(
+                quantize(x, self.scale, self.zero, "int8", -127, 127, 0), self.scale, self.zero, "int8", 0
+            )
+
+    example = torch.randn(3, 4, 8, 8)
+    before = Program(export(Pooled(), example, dynamic_batch=False))
+    graph = Graph(before)
+    before_pools(graph)
+    assert torch.equal(graph.close().exported.module()(example), before.exported.module()(example))
 
 
 class Joined(nn.Module):

@@ -14,7 +14,8 @@ from tersor.config.dtypes import parse_dtype
 from tersor.deploy import CompiledModel, QuantizationSpeedup, engine_config
 from tersor.deploy.engines import engine_of
 from tersor.deploy.graph import Graph
-from tersor.deploy.placement import is_added_unrounded, join_twins
+from tersor.deploy.placement import join_twins
+from tersor.deploy.sums import is_added_unrounded
 from tersor.errors import CheckpointError, InvalidValueError, MissingExtraError
 from tersor.quantization import PtqQuantizer
 from tests.networks import Residual

@@ -6,7 +6,16 @@ from torch import nn
 
 from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph
 from tersor.deploy.lowering import Program, export, lower
-from tersor.deploy.placement import gather_numbers, integer_biases, join_twins, products, unsigned_activations
+from tersor.deploy.operators import dequantize, quantize
+from tersor.deploy.placement import (
+    gather_numbers,
+    integer_biases,
+    join_twins,
+    products,
+    unsigned_activations,
+    whole_ranges,
+)
+from tersor.deploy.sums import round_in_float
 from tersor.quantization import PtqQuantizer
 
 
@@ -139,3 +148,45 @@ def test_an_output_that_a_pass_replaces_and_a_name_that_python_has():
         value = graph.call(torch.ops.aten.add.Tensor, (value, second), relu)
     relu.replace_all_uses_with(value)
     assert torch.equal(graph.close().exported.module()(torch.zeros(4, 3)), torch.full((4, 3), 2.0))
+
+
+@pytest.mark.parametrize("granularity", [[4, 2], [2, 1]])
+def test_a_row_of_scales_may_serve_several_rows_of_a_table(granularity):
+    torch.manual_seed(0)
+    example = torch.randint(0, 8, (3, 5))
+    net = nn.Sequential(nn.Embedding(8, 4))
+    program = lowered(net, example, weight={"granularity": granularity})
+    changed(program, example, gather_numbers)
+
+
+@pytest.mark.parametrize("change", [unsigned_activations, whole_ranges, lambda graph: round_in_float(graph, bool)])
+def test_signs_stay_signs(change):
+    class Signs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(0.5))
+            self.register_buffer("zero", torch.tensor(0, dtype=torch.int8))
+
+        def forward(self, x):
+            numbers = quantize(x * 0.1, self.scale, self.zero, "int1", -1, 1)
+            return dequantize(numbers, self.scale, self.zero, "int1")
+
+    example = torch.tensor([[-3.0, -0.2, 0.0, 0.2]])
+    program = Program(export(Signs(), example))
+    assert program.exported.module()(example).tolist() == [[-0.5, -0.5, 0.5, 0.5]]
+    changed(program, example, change)
+
+
+def test_half_precision_is_rounded_as_single():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(0.0013))
+            self.register_buffer("zero", torch.tensor(0, dtype=torch.int16))
+
+        def forward(self, x):
+            numbers = quantize(x * 1.0, self.scale, self.zero, "int16", -32767, 32767)
+            return dequantize(numbers, self.scale, self.zero, "int16")
+
+    example = torch.linspace(-40, 40, 64).view(2, 32).half()
+    changed(Program(export(Half(), example)), example, lambda graph: round_in_float(graph, bool))

@@ -201,3 +201,14 @@ def test_signs_in_other_types():
         fitted, fallbacks = fit_types(program, OnlyBytes(), unsupported)
         assert largest_difference(program_outputs(fitted, x), expected) == 0
         assert len(fallbacks) == 4
+
+
+def test_a_graph_that_was_left_in_training_mode_is_compared_in_eval_mode():
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 4))
+    traced = torch.fx.symbolic_trace(net).train()
+    mean = traced.get_submodule("1").running_mean.clone()
+    speedup = QuantizationSpeedup(traced, X, engine="onnxruntime")
+    speedup.compile()
+    assert speedup.report.simulation_snr > 100
+    assert torch.equal(traced.get_submodule("1").running_mean, mean)
+    assert traced.training

@@ -7,7 +7,9 @@ from torch import nn
 from tersor.config.dtypes import parse_dtype
 from tersor.deploy.engine import Engine
 from tersor.deploy.graph import DEQUANTIZE, QUANTIZE
+from tersor.deploy.inductor import Inductor
 from tersor.deploy.lowering import lower
+from tersor.deploy.openvino import OpenVino
 from tersor.deploy.unsupported import fit_types
 from tersor.errors import InvalidValueError
 from tersor.quantization import PtqQuantizer
@@ -116,3 +118,21 @@ def test_values_of_eight_bit_floats_are_rounded_without_them(types):
     changed, _ = fit_types(program, Lacking("int8"), "float")
     assert kinds(changed) == {"int8"}
     assert torch.equal(changed.exported.module()(example), program.exported.module()(example))
+
+
+@pytest.mark.parametrize(("has", "unsupported"), [("int8", "widen"), ("int4", "float")])
+@pytest.mark.parametrize("scale", [torch.tensor([[4.0]]), torch.tensor([[0.3, 4.0, 2.0, 1.0, 7.0, 0.1]])])
+def test_signs_have_any_scale_elsewhere_too(has, unsupported, scale):
+    grid = {"quant_dtype": "int1", "quant_scheme": "symmetric", "quant_min": -1, "quant_max": 1}
+    grid |= {"scale": scale, "zero_point": torch.zeros_like(scale)}
+    example = torch.randn(4, 6)
+    program = lower(nn.Sequential(nn.Linear(6, 8)), example, {"0": {"_input_0": grid}})
+    changed, _ = fit_types(program, Lacking(has), unsupported)
+    assert kinds(changed) == ({"int8"} if unsupported == "widen" else set())
+    assert torch.equal(changed.exported.module()(example), program.exported.module()(example))
+
+
+@pytest.mark.parametrize("engine", [OpenVino(), Inductor()])
+def test_no_engine_takes_signs_for_small_numbers(engine):
+    assert engine.lacks(parse_dtype("int1"), is_activation=True) == "has no int1 inputs and outputs"
+    assert engine.lacks(parse_dtype("int1"), is_activation=False) == ""

@@ -25,6 +25,7 @@ from tersor.deploy.engine import UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import Graph, module_of
 from tersor.deploy.inductor_patterns import BYTES, contraction_behind, fit_parameters, merge_limits, round_before_pools
 from tersor.deploy.lowering import Fallback, Program
+from tersor.deploy.operators import SIGNS
 from tersor.deploy.placement import gather_numbers, join_twins, unsigned_activations, whole_ranges
 from tersor.errors import CheckpointError, InvalidValueError, TraceError
 
@@ -66,8 +67,8 @@ class Inductor(Engine):
         return ""
 
     def lacks(self, dtype: QuantDtype, *, is_activation: bool) -> str:
-        """Its kernels compute with bytes; numbers of less than eight bits are stored in these."""
-        if isinstance(dtype, FloatDtype) or dtype.bits > 8:
+        """Its kernels compute with bytes; numbers of less than eight bits are stored in these, but for signs."""
+        if isinstance(dtype, FloatDtype) or dtype.bits > 8 or (dtype == SIGNS and is_activation):
             return f"has no {dtype.as_config()} {'inputs and outputs' if is_activation else 'weights'}"
         return ""
 

@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from tersor.config.dtypes import FloatDtype, parse_dtype
 from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of
 from tersor.deploy.lowering import Fallback
+from tersor.deploy.movement import LIMITS, POOLS, limits_of
 from tersor.deploy.operators import dequantize, storage_type
-from tersor.deploy.placement import POOLS
 
 _ATEN = torch.ops.aten
 KERNELS = frozenset(
@@ -29,13 +29,6 @@ CONTRACTIONS = KERNELS | {
     _ATEN.conv3d.default, _ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.conv_transpose3d.input,
     _ATEN.convolution.default, _ATEN.addmm.default, _ATEN.mm.default, _ATEN.matmul.default, _ATEN.bmm.default,
 }  # fmt: skip
-LIMITS: dict[Any, tuple[float, float] | None] = {
-    _ATEN.relu.default: (0.0, float("inf")),
-    _ATEN.relu6.default: (0.0, 6.0),
-    _ATEN.hardtanh.default: None,
-    _ATEN.clamp.default: None,
-}
-"""Activations that are limits, with their ends; None where they are arguments."""
 BYTES = (torch.int8, torch.uint8)
 
 
@@ -61,11 +54,17 @@ def round_before_pools(graph: Graph) -> None:
 def merge_limits(graph: Graph) -> None:
     """One limit in place of an activation that is a limit and another behind it: a kernel has one at its end."""
     for node in graph.calls(_ATEN.clamp.default):
-        x, least, most = node.args
+        x = node.args[0]
         if not isinstance(x, fx.Node) or x.target not in LIMITS or len(x.users) > 1:
             continue
-        low, high = LIMITS[x.target] or x.args[1:]
-        node.args = (x.args[0], max(low, least), min(high, most))  # pyright: ignore
+        ends = [*limits_of(x), *limits_of(node)]
+        if any(isinstance(end, fx.Node) for end in ends):
+            continue
+        lows, highs = ([end for end in own if end is not None] for own in (ends[::2], ends[1::2]))
+        low, high = max(lows, default=None), min(highs, default=None)
+        if low is not None and high is not None and low > high:
+            continue  # what is left is one number, and which depends on the order
+        node.args, node.kwargs = (x.args[0], low, high), {}
         graph.graph.erase_node(x)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,18 +14,19 @@ from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, parameters_of, same
 from tersor.deploy.operators import quantize
 
 _ATEN = torch.ops.aten
+POOLS = frozenset({_ATEN.max_pool1d.default, _ATEN.max_pool2d.default, _ATEN.max_pool3d.default})
 MOVEMENT = frozenset(
     {
         _ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default, _ATEN.permute.default,
         _ATEN.transpose.int, _ATEN.t.default, _ATEN.flatten.using_ints, _ATEN.unflatten.int, _ATEN.squeeze.default,
         _ATEN.squeeze.dim, _ATEN.squeeze.dims, _ATEN.unsqueeze.default, _ATEN.expand.default, _ATEN.slice.Tensor,
         _ATEN.select.int, _ATEN.contiguous.default, _ATEN.clone.default, _ATEN.alias.default, _ATEN.detach.default,
-        _ATEN.max_pool1d.default, _ATEN.max_pool2d.default, _ATEN.max_pool3d.default, _ATEN.flip.default,
+        _ATEN.flip.default,
         _ATEN.pixel_shuffle.default, _ATEN.pixel_unshuffle.default, _ATEN.channel_shuffle.default, _ATEN.roll.default,
         _ATEN.reflection_pad1d.default, _ATEN.reflection_pad2d.default, _ATEN.replication_pad1d.default,
         _ATEN.replication_pad2d.default, _ATEN.upsample_nearest2d.vec,
     }
-)  # fmt: skip
+) | POOLS  # fmt: skip
 """What gives values of its first argument and no others. A maximum is one of them, whatever the grid."""
 PADS = frozenset({_ATEN.constant_pad_nd.default, _ATEN.pad.default})
 SPLITS = frozenset({_ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.chunk.default, _ATEN.unbind.int})
@@ -45,11 +47,11 @@ def quantize_early(graph: Graph) -> None:
 
     Both only where nothing else reads what would change: other readers see values that are not rounded.
     """
-    work = [node for node in graph.calls(QUANTIZE) if _is_whole_tensor(node)]
+    work = [node for node in graph.calls(QUANTIZE) if is_whole_tensor(node)]
     while work:
         node = work.pop()
         source = node.args[0]
-        if not isinstance(source, fx.Node) or readers_of(source) != [node]:
+        if not isinstance(source, fx.Node) or readers_of(source) != [node] or are_signs(node):
             continue
         if source.target in LIMITS:
             if _take_limits(graph, node, source):
@@ -83,11 +85,45 @@ def dequantize_late(graph: Graph) -> None:
             continue
         if node.target in SPLITS:
             continue  # its parts are rounded, each by itself
-        low, high = _range_of(first)
+        ranges = [_range_of(source) for source in sources]  # pyright: ignore
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
         scale, zero_point, kind, *place = parameters_of(first)
+        if node.target in PADS and not _holds_zero(graph, zero_point, low, high):
+            continue
         _, rounded = _round_behind(graph, node, (scale, zero_point, kind, low, high, *place))
         for reader in readers:
             reader.replace_input_with(node, rounded)
+
+
+def before_pools(graph: Graph) -> None:
+    """Quantize in front of a maximum pool and not behind it, so that it runs on small numbers.
+
+    Rounding keeps the order of values, so the greatest of them is the same before and after. Where the pool's value or
+    its input is also read as it is, nothing is gained, and they stay.
+    """
+    for pool in reversed(graph.calls(*POOLS)):
+        readers, source = list(pool.users), pool.args[0]
+        if not isinstance(source, fx.Node) or len(source.users) > 1 or source.meta["val"].dtype is not torch.float32:
+            continue
+        if any(reader.target is not QUANTIZE for reader in readers):
+            continue
+        if not readers or not is_whole_tensor(readers[0]):
+            continue
+        scale, zero_point, kind, low, high, *_ = parameters_of(readers[0])
+        ways = (scale, zero_point, kind, low, high)
+        if not all(same_grid(graph, parameters_of(readers[0]), parameters_of(user)) for user in readers):
+            continue
+        with graph.graph.inserting_before(pool):
+            stored = source.meta["val"].to(readers[0].meta["val"].dtype)
+            made = graph.call(QUANTIZE, (source, *ways), source, stored)
+            value = graph.call(DEQUANTIZE, (made, scale, zero_point, kind), source)
+        pool.replace_input_with(source, value)
+        for reader in readers:
+            for user in list(reader.users):
+                assert user.target is DEQUANTIZE, f"{user} reads stored numbers"
+                user.replace_all_uses_with(pool)
+                graph.graph.erase_node(user)
+            graph.graph.erase_node(reader)
 
 
 def readers_of(node: fx.Node) -> list[fx.Node]:
@@ -125,15 +161,17 @@ def _pads_with_zero(node: fx.Node) -> bool:
 
 def _take_limits(graph: Graph, node: fx.Node, source: fx.Node) -> bool:
     """Cut a quantizer's range to the limits in front of it, and let it read what is limited."""
-    least, most = _limits(source)
+    least, most = limits_of(source)
     scale, zero_point, kind, low, high, *_ = parameters_of(node)
     values = graph.constant(scale), graph.constant(zero_point)
     if values[0] is None or values[1] is None or not isinstance(parse_dtype(kind), IntDtype):
         return False
     if any(not isinstance(limit, (int, float, type(None))) for limit in (least, most)):
         return False
+    # In the precision in which the values are rounded: a limit may lie halfway between two numbers.
+    dtype = source.meta["val"].dtype
     low, high = (
-        end if limit is None else float(quantize(torch.tensor(float(limit)), *values, "int32", low, high))
+        end if limit is None else float(quantize(torch.tensor(float(limit), dtype=dtype), *values, kind, low, high))
         for limit, end in ((least, low), (most, high))
     )
     node.args = (source.args[0], scale, zero_point, kind, low, high, *node.args[6:])
@@ -142,7 +180,8 @@ def _take_limits(graph: Graph, node: fx.Node, source: fx.Node) -> bool:
     return True
 
 
-def _limits(node: fx.Node) -> tuple[object, object]:
+def limits_of(node: fx.Node) -> tuple[Any, Any]:
+    """The least and the greatest value of one of ``LIMITS``; None where there is none."""
     if node.target is _ATEN.relu.default:
         return 0.0, None
     if node.target is _ATEN.relu6.default:
@@ -153,6 +192,17 @@ def _limits(node: fx.Node) -> tuple[object, object]:
         given.get("min", given.get("min_val", default[0])),
         given.get("max", given.get("max_val", default[1])),
     )
+
+
+def are_signs(node: fx.Node) -> bool:
+    """Whether a quantizer or dequantizer is one of int1: none of its numbers is zero, and a limit is no range."""
+    return node.args[3] == "int1"
+
+
+def _holds_zero(graph: Graph, zero_point: object, low: float, high: float) -> bool:
+    """Whether zero lies in a range. One that was chosen while the model runs always has it."""
+    held = graph.constant(zero_point)
+    return held is None or low <= float(held) <= high
 
 
 def _round_behind(graph: Graph, value: fx.Node, parameters: tuple[object, ...]) -> tuple[fx.Node, fx.Node]:
@@ -167,7 +217,7 @@ def _round_behind(graph: Graph, value: fx.Node, parameters: tuple[object, ...]) 
     return quantized, rounded
 
 
-def _is_whole_tensor(node: fx.Node) -> bool:
+def is_whole_tensor(node: fx.Node) -> bool:
     """Whether one scale serves all values, so that it does not matter where they stand."""
     place = node.args[6:] if node.target is QUANTIZE else node.args[4:]
     return all(part is None for part in place)
@@ -175,9 +225,9 @@ def _is_whole_tensor(node: fx.Node) -> bool:
 
 def _is_rounded_value(graph: Graph, node: object) -> bool:
     """Whether a node's values come from stored numbers that are no constant of the program, on one scale."""
-    if not isinstance(node, fx.Node) or node.target is not DEQUANTIZE or not _is_whole_tensor(node):
+    if not isinstance(node, fx.Node) or node.target is not DEQUANTIZE or not is_whole_tensor(node):
         return False
-    return isinstance(node.args[0], fx.Node) and node.args[0].target is QUANTIZE
+    return isinstance(node.args[0], fx.Node) and node.args[0].target is QUANTIZE and not are_signs(node)
 
 
 def _lies_on(graph: Graph, value: fx.Node, node: fx.Node) -> bool:

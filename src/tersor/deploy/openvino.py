@@ -18,16 +18,11 @@ from tersor.config.dtypes import FloatDtype, QuantDtype
 from tersor.deploy.engine import INT8, UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import Graph
 from tersor.deploy.lowering import Fallback, Program
+from tersor.deploy.movement import before_pools
 from tersor.deploy.onnx import write_program
-from tersor.deploy.placement import (
-    before_pools,
-    bytes_in_sums,
-    is_added_unrounded,
-    is_wide,
-    join_twins,
-    round_in_float,
-    whole_ranges,
-)
+from tersor.deploy.operators import SIGNS
+from tersor.deploy.placement import join_twins, whole_ranges
+from tersor.deploy.sums import bytes_in_sums, is_added_unrounded, is_wide, round_in_float
 from tersor.errors import CheckpointError, InvalidValueError, TraceError
 
 PRODUCTS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"})
@@ -63,8 +58,9 @@ class OpenVino(Engine):
     )
 
     def lacks(self, dtype: QuantDtype, *, is_activation: bool) -> str:
-        """It has integers of at most 16 bits, and weights of fp8; inputs of fp8 it would round to int8."""
-        fits = not is_activation if isinstance(dtype, FloatDtype) else dtype.bits <= 16
+        """It has integers of at most 16 bits, and weights of fp8 and int1; inputs of these it would round to int8."""
+        weights_alone = isinstance(dtype, FloatDtype) or dtype == SIGNS
+        fits = not is_activation if weights_alone else dtype.bits <= 16
         return "" if fits else f"has no {dtype.as_config()} {'inputs and outputs' if is_activation else 'weights'}"
 
     def prepare(self, program: Program) -> tuple[Program, tuple[Fallback, ...]]:

@@ -19,8 +19,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tersor.config.dtypes import FloatDtype, QuantDtype, parse_dtype
+from tersor.config.dtypes import FloatDtype, IntDtype, QuantDtype, parse_dtype
 
+SIGNS = IntDtype(1)
+"""The type without a zero: values are rounded to their signs."""
 COUNTED = 16
 """Up to so many bits float32 counts exactly enough; beyond, operators compute in float64, as the simulation does."""
 

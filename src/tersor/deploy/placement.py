@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
 from tersor.config.dtypes import FloatDtype, IntDtype, parse_dtype
-from tersor.deploy.graph import CHOOSE, DEQUANTIZE, QUANTIZE, Graph, module_of, parameters_of, same_grid
-from tersor.deploy.movement import readers_of
+from tersor.deploy.graph import CHOOSE, DEQUANTIZE, QUANTIZE, Graph, parameters_of, same_grid
+from tersor.deploy.movement import are_signs, readers_of
 from tersor.deploy.operators import spread, storage_type
 
 UINT8 = IntDtype(8, signed=False)
 LARGEST_BIAS = 2.0**30
 """The largest number of a bias, half of what int32 holds: what is added to it needs room too."""
 _ATEN = torch.ops.aten
-CONVOLUTIONS = frozenset({_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.convolution.default})
-LIMITS = frozenset({_ATEN.relu.default, _ATEN.relu6.default, _ATEN.clamp.default, _ATEN.hardtanh.default})
-POOLS = frozenset({_ATEN.max_pool1d.default, _ATEN.max_pool2d.default, _ATEN.max_pool3d.default})
 
 
 def join_twins(graph: Graph) -> None:
@@ -36,7 +32,7 @@ def join_twins(graph: Graph) -> None:
         inner: Any = source.args[0]
         low, high = max(node.args[4], inner.args[4]), min(node.args[5], inner.args[5])
         if (low, high) != tuple(inner.args[4:6]):
-            if readers_of(inner) != [source] or readers_of(source) != [node]:
+            if low > high or readers_of(inner) != [source] or readers_of(source) != [node]:
                 continue
             inner.args = (*inner.args[:4], low, high, *inner.args[6:])
         node.replace_all_uses_with(inner)
@@ -63,6 +59,8 @@ def unsigned_activations(graph: Graph) -> None:
         x, scale, zero_point, kind, low, high, *place = node.args
         shift, dtype = graph.constant(zero_point), parse_dtype(kind)
         if shift is None or not isinstance(dtype, IntDtype) or dtype.bits > UINT8.bits or dtype == UINT8:
+            continue
+        if are_signs(node):
             continue
         by = 128 if dtype.signed else 0
         shifted = graph.new_constant((shift.int() + by).to(storage_type(UINT8)), f"{node.name}_zero_point")
@@ -159,6 +157,8 @@ def gather_numbers(graph: Graph) -> None:
         if not isinstance(table, fx.Node) or table.target is not DEQUANTIZE or graph.constant(table.args[0]) is None:
             continue
         numbers, scale, zero_point, kind, axis, block = (*table.args, None, None)[:6]
+        if axis == 0 and block is not None:
+            continue  # a row of scales serves several rows of numbers
         rank, width = node.meta["val"].dim(), int(node.meta["val"].shape[-1])
         with graph.graph.inserting_before(node):
             found = _look_up(graph, numbers, indices, node)
@@ -199,145 +199,6 @@ def products(graph: Graph) -> None:
         graph.graph.erase_node(node)
 
 
-def before_pools(graph: Graph) -> None:
-    """Quantize in front of a maximum pool and not behind it, so that it runs on small numbers.
-
-    Rounding keeps the order of values, so the greatest of them is the same before and after. Where the pool's value or
-    its input is also read as it is, nothing is gained, and they stay.
-    """
-    for pool in reversed(graph.calls(*POOLS)):
-        readers, source = list(pool.users), pool.args[0]
-        if not isinstance(source, fx.Node) or len(source.users) > 1 or source.meta["val"].dtype is not torch.float32:
-            continue
-        if any(reader.target is not QUANTIZE for reader in readers):
-            continue
-        scale, zero_point, kind, low, high, *place = parameters_of(readers[0])
-        ways = (scale, zero_point, kind, low, high)
-        if any(place) or not all(same_grid(graph, parameters_of(readers[0]), parameters_of(user)) for user in readers):
-            continue
-        with graph.graph.inserting_before(pool):
-            stored = source.meta["val"].to(readers[0].meta["val"].dtype)
-            made = graph.call(QUANTIZE, (source, *ways), source, stored)
-            value = graph.call(DEQUANTIZE, (made, scale, zero_point, kind), source)
-        pool.replace_input_with(source, value)
-        for reader in readers:
-            for user in list(reader.users):
-                assert user.target is DEQUANTIZE, f"{user} reads stored numbers"
-                user.replace_all_uses_with(pool)
-                graph.graph.erase_node(user)
-            graph.graph.erase_node(reader)
-
-
-def bytes_in_sums(graph: Graph) -> None:
-    """Store the convolution's operand of a sum as int8, that is int16 in the simulation.
-
-    OpenVINO adds to a convolution before it rounds: where a sum is rounded, what comes of the convolution is limited to
-    its range, and not rounded to its grid. It needs that grid all the same to add in the convolution's kernel. So the
-    simulation says 16 bits, which is as good as not rounded, and here the same range is said in 8 bits.
-    """
-    for node in graph.calls(QUANTIZE):
-        x, scale, zero_point, kind, _, high, *place = node.args
-        held, shift = graph.constant(scale), graph.constant(zero_point)
-        if kind != "int16" or any(place) or held is None or shift is None or bool(shift):
-            continue
-        if not is_added_unrounded(node) or not _meets_numbers(_sum_of(node)):
-            continue
-        wider = graph.new_constant(held * (float(high) / 127), f"{node.name}_scale")  # pyright: ignore
-        byte = graph.new_constant(shift.to(torch.int8), f"{node.name}_zero_point")
-        with graph.graph.inserting_before(node):
-            made = graph.call(QUANTIZE, (x, wider, byte, "int8", -128.0, 127.0), node, node.meta["val"].to(torch.int8))
-        for user in list(node.users):
-            user.args = (made, wider, byte, "int8")
-        graph.graph.erase_node(node)
-
-
-def joins_sum(node: fx.Node) -> bool:
-    """Whether a quantizer stands between a convolution, with what runs in its kernel, and a sum."""
-    source, readers = node.args[0], list(node.users)
-    while isinstance(source, fx.Node) and len(source.users) == 1 and _runs_in_kernel(source):
-        source = source.args[0]
-    if not isinstance(source, fx.Node) or source.target not in CONVOLUTIONS or len(source.users) > 1:
-        return False
-    sums = [user for reader in readers for user in reader.users]
-    return len(readers) == 1 and len(sums) == 1 and sums[0].target is _ATEN.add.Tensor
-
-
-def is_added_unrounded(node: fx.Node) -> bool:
-    """Whether OpenVINO leaves out what a quantizer does: it joins a sum, and one quantizer reads the sum."""
-    if not joins_sum(node):
-        return False
-    total = _sum_of(node)
-    if not is_wide(node) and any(_is_wide_value(operand) for operand in total.args):
-        return False  # one operand is added unrounded, and that is the other one
-    while len(total.users) == 1 and _runs_in_kernel(follower := next(iter(total.users))):
-        total = follower
-    return len(total.users) == 1 and all(user.target is QUANTIZE and not is_wide(user) for user in total.users)
-
-
-def _meets_numbers(total: fx.Node) -> bool:
-    """Whether both operands of a sum are stored numbers, moved or limited maybe."""
-    for operand in total.args:
-        while isinstance(operand, fx.Node) and operand.target in LIMITS | POOLS:
-            operand = operand.args[0]
-        if not isinstance(operand, fx.Node) or operand.target is not DEQUANTIZE:
-            return False
-    return True
-
-
-def _is_wide_value(node: Any) -> bool:
-    """Whether a value comes from numbers of more than 8 bits that would be added unrounded."""
-    source = node.args[0] if isinstance(node, fx.Node) and node.target is DEQUANTIZE else None
-    return isinstance(source, fx.Node) and source.target is QUANTIZE and is_wide(source) and joins_sum(source)
-
-
-def _sum_of(node: fx.Node) -> fx.Node:
-    """The sum that a quantizer joins."""
-    return next(iter(next(iter(node.users)).users))
-
-
-def _runs_in_kernel(node: fx.Node) -> bool:
-    """Whether a call goes value by value, so that a convolution's kernel takes it along."""
-    operator: Any = node.target
-    operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
-    pointwise = torch.Tag.pointwise in getattr(operator, "tags", ()) or operator is _ATEN.hardswish.default
-    return pointwise and len(operands) == 1
-
-
-def round_in_float(graph: Graph, wanted: Callable[[fx.Node], bool]) -> list[str]:
-    """Round some values in floating-point operators, which give the same values; the modules where that was.
-
-    Args:
-        graph: changed in place.
-        wanted: whether a quantizer is meant.
-    """
-    places: list[str] = []
-    for node in graph.calls(QUANTIZE):
-        x, scale, zero_point, kind, low, high, *place = node.args
-        held, shift = graph.constant(scale), graph.constant(zero_point)
-        whole = isinstance(parse_dtype(str(kind)), IntDtype)
-        if not whole or any(place) or held is None or shift is None or not wanted(node):
-            continue
-        like: Any = x
-        least, most = (float(end) - float(shift) for end in (low, high))  # pyright: ignore
-        with graph.graph.inserting_before(node):
-            value = graph.call(_ATEN.mul.Tensor, (x, float(1 / held)), like)
-            value = graph.call(_ATEN.round.default, (value,), like)
-            value = graph.call(_ATEN.clamp.default, (value, least, most), like)
-            value = graph.call(_ATEN.mul.Tensor, (value, float(held)), like)
-        for user in list(node.users):
-            user.replace_all_uses_with(value)
-            graph.graph.erase_node(user)
-        graph.graph.erase_node(node)
-        places.append(module_of(like))
-    return places
-
-
-def is_wide(node: fx.Node) -> bool:
-    """Whether a quantizer gives more than 8 bits."""
-    dtype = parse_dtype(str(node.args[3]))
-    return isinstance(dtype, IntDtype) and dtype.bits > 8
-
-
 def whole_ranges(graph: Graph) -> None:
     """Store integers of less than 8 bits, and ranges that are less than their type's, in all of int8 or uint8.
 
@@ -347,7 +208,7 @@ def whole_ranges(graph: Graph) -> None:
         x, scale, zero_point, kind, low, high, *place = node.args
         dtype = parse_dtype(str(kind))
         own, shift = graph.constant(scale), graph.constant(zero_point)
-        if not isinstance(dtype, IntDtype) or dtype.bits > 8 or own is None or shift is None:
+        if not isinstance(dtype, IntDtype) or dtype.bits > 8 or own is None or shift is None or are_signs(node):
             continue
         whole = (-128, 127) if dtype.signed else (0, 255)
         byte = IntDtype(8, dtype.signed).as_config()

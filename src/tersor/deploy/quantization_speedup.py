@@ -306,12 +306,8 @@ class _Simulation:
         self.outputs = tensors_of(self.output)
 
     def _run(self, inputs: Any) -> Any:
-        # A graph of torch.export has no modes; anything else is run in eval mode.
-        with torch.no_grad():
-            if isinstance(self.model, fx.GraphModule):
-                return _call(self.model, inputs)
-            with evaluating(self.model):
-                return _call(self.model, inputs)
+        with evaluating(self.model), torch.no_grad():
+            return _call(self.model, inputs)
 
 
 def bytes_of(model: nn.Module) -> int:

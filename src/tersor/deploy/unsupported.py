@@ -114,7 +114,7 @@ def _fit(graph: Graph, node: fx.Node, wider: QuantDtype | None) -> None:
         x, _, _, _, low, high, *_ = numbers.args
         with graph.graph.inserting_before(node):
             if kind == "int1":
-                x = _signs(graph, x, numbers)
+                x = _signs(graph, numbers, scale)
             value = numbers.meta["val"].to(storage_type(wider))
             made = graph.call(QUANTIZE, (x, scale, zero, wider.as_config(), low, high, *place), numbers, value)
     node.args = (made, scale, zero, wider.as_config(), *place)
@@ -160,8 +160,7 @@ def _rounded(graph: Graph, quantizing: fx.Node, scales: Tensor | None, zeros: Te
     if fake.dtype is not torch.float32:
         x = _call(graph, _ATEN._to_copy.default, (x,), quantizing, dtype=torch.float32)
     if kind == "int1":
-        signs = _signs(graph, x, quantizing)
-        return _call(graph, _ATEN.mul.Tensor, (signs, scale), quantizing)
+        return _signs(graph, quantizing, scale)
     if scales is not None:
         assert zeros is not None
         spreads = [spread(own.float(), fake, axis, block).contiguous() for own in (1 / scales, zeros, scales)]
@@ -187,13 +186,21 @@ def _rounded(graph: Graph, quantizing: fx.Node, scales: Tensor | None, zeros: Te
     return _call(graph, _ATEN.mul.Tensor, (value, step), quantizing)
 
 
-def _signs(graph: Graph, x: Any, like: fx.Node) -> fx.Node:
-    """-1 below zero and 1 elsewhere."""
+def _signs(graph: Graph, quantizing: fx.Node, scale: Any) -> fx.Node:
+    """A scale below zero, as a negative number, and as a positive one elsewhere."""
+    x, *_ = quantizing.args
+    axis, block = (*quantizing.args[6:], None, None)[:2]
+    like, held = quantizing, graph.constant(scale)
+    if held is not None:
+        assert isinstance(x, fx.Node)
+        step = spread(held, x.meta["val"], axis, block).contiguous()  # pyright: ignore
+        scale = graph.new_constant(step, f"{like.name}_step")
     minus, plus = (
         graph.new_constant(torch.tensor(sign), f"{like.name}_{name}") for sign, name in ((-1.0, "minus"), (1.0, "plus"))
     )
     below = _call(graph, _ATEN.lt.Scalar, (x, 0.0), like)
-    return _call(graph, _ATEN.where.self, (below, minus, plus), like)
+    signs = _call(graph, _ATEN.where.self, (below, minus, plus), like)
+    return _call(graph, _ATEN.mul.Tensor, (signs, scale), like)
 
 
 def _call(graph: Graph, target: Any, args: Sequence[Any], like: fx.Node, **kwargs: Any) -> fx.Node:
