@@ -53,14 +53,6 @@ def test_signs():
     assert stored.numbers(torch.tensor([0.25, -0.25, 0.0])).tolist() == [1, -1, 0]
 
 
-def test_shifted():
-    stored = Stored.of(said(0.5, -3.0, "int8", -128, 127), "fc._input_0")
-    from tersor.config import IntDtype
-
-    moved = stored.shifted(128, IntDtype(8, signed=False))
-    assert (moved.kind, moved.low, moved.high, int(moved.zero_point)) == ("uint8", 0, 255, 125)
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

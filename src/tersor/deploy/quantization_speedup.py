@@ -15,23 +15,22 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from tersor.analysis.batches import batch_size_of, with_batch_size
 from tersor.compressor import Compressor
 from tersor.deploy.agreement import agreement
 from tersor.deploy.compiled import CompiledModel, DeployReport, size_of
 from tersor.deploy.engine import Engine
 from tersor.deploy.engines import engine_of
-from tersor.deploy.graph import DEQUANTIZE, QUANTIZE
+from tersor.deploy.graph import DEQUANTIZE
 from tersor.deploy.lowering import Fallback, Program, lower
 from tersor.deploy.operator_changes import compare_operators
 from tersor.deploy.plain import Plain, plain_copy, plain_of
+from tersor.deploy.simulation import Simulation, called, floor_of
 from tersor.deploy.small import make_small
 from tersor.deploy.structure import Signature
 from tersor.deploy.unsupported import fit_types
 from tersor.errors import InvalidValueError, TersorError, VerificationError
 from tersor.graph import Masks
 from tersor.graph.inputs import evaluating, named_tensors, tensors_of
-from tersor.graph.modes import Mode
 from tersor.quantization.base import CalibrationConfig
 from tersor.wrapping import TargetStack
 
@@ -39,10 +38,6 @@ OnFailure = Literal["error", "warn"]
 Unsupported = Literal["error", "float", "widen"]
 FLOOR_MARGIN = 6.0
 """So many dB below what the simulation has against itself an artefact may lie."""
-SHAKEN = 1e-7
-"""What float32 is off by where values are rounded, of the largest: 0.2 to 1.2e-7, ``benchmarks/rounding_noise.py``."""
-DRAWS = 4
-"""The simulation is shaken so many times: in a small network it takes luck to hit a value that tips over."""
 
 
 class QuantizationSpeedup:
@@ -190,7 +185,7 @@ class QuantizationSpeedup:
         self, program: Program, prepared: Program, fallbacks: tuple[Fallback, ...], folder: Path
     ) -> CompiledModel:
         self.engine.build(prepared, folder, self.options)
-        simulation = _Simulation(self._simulated(program), self.example_inputs, self.dynamic_batch)
+        simulation = Simulation(self._simulated(program), self.example_inputs, self.dynamic_batch)
         source = self.model.model if isinstance(self.model, Compressor) else self.model
         signature = Signature.of(source, self.example_inputs, simulation.output, dynamic_batch=self.dynamic_batch)
         report = DeployReport(
@@ -214,8 +209,8 @@ class QuantizationSpeedup:
             return self.model.model
         return program.exported.module() if self.calibration_config or self.masks else self.model
 
-    def _verify(self, compiled: CompiledModel, program: Program, simulation: _Simulation) -> None:
-        results = tensors_of(_call(compiled, simulation.inputs))
+    def _verify(self, compiled: CompiledModel, program: Program, simulation: Simulation) -> None:
+        results = tensors_of(called(compiled, simulation.inputs))
         own = agreement(results, simulation.outputs)
         floor = floor_of(program, simulation) if own.snr < self.min_snr else None
         args, kwargs = simulation.inputs
@@ -224,7 +219,7 @@ class QuantizationSpeedup:
         before = None
         if self.float_model is not None:
             with evaluating(self.float_model), torch.no_grad():
-                before = agreement(results, tensors_of(_call(self.float_model, simulation.inputs))).snr
+                before = agreement(results, tensors_of(called(self.float_model, simulation.inputs))).snr
         compiled.with_report(
             operators=operators, int8=int8, simulation_snr=own.snr, float_snr=before, floor=floor, top1=own.top1
         )
@@ -261,65 +256,11 @@ class QuantizationSpeedup:
         raise VerificationError(what, where=self.engine.title, remedy=remedy)
 
 
-class _Shaken(Mode):
-    """Changes values a little before a program rounds them, as other sums change them.
-
-    What a sum of single precision is off by goes by its largest terms, so values next to zero are shaken as all others.
-    """
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._draws = torch.Generator().manual_seed(seed)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is QUANTIZE:
-            value, *rest = args
-            noise = SHAKEN * torch.randn(value.shape, generator=self._draws).to(value)
-            args = (value + noise * value.abs().amax(), *rest)
-        return func(*args, **(kwargs or {}))
-
-
-def floor_of(program: Program, simulation: _Simulation) -> float:
-    """What a simulation has against itself where sums end in another last digit, in dB: the least of some draws.
-
-    Where a value lies between two numbers, the last digit decides; what comes of it differs by a whole step, and the
-    next layers see other values. So two right ways to compute a deep network of integers do not agree to the bit. In a
-    small one it takes luck: one value that is rounded the other way, or none.
-    """
-    model = program.exported.module()
-    floors: list[float] = []
-    for seed in range(DRAWS):
-        with torch.no_grad(), _Shaken(seed):
-            shaken = _call(model, simulation.inputs)
-        floors.append(agreement(tensors_of(shaken), simulation.outputs).snr)
-    return min(floors)
-
-
-class _Simulation:
-    """Runs what the artefact is compared with, at another batch size than the example's where that is free."""
-
-    def __init__(self, model: nn.Module, example_inputs: Any, dynamic_batch: bool) -> None:
-        self.model = model
-        batch = batch_size_of(example_inputs)
-        self.inputs: Any = with_batch_size(example_inputs, batch + 1 if dynamic_batch else batch)
-        self.output = self._run(self.inputs)
-        self.outputs = tensors_of(self.output)
-
-    def _run(self, inputs: Any) -> Any:
-        with evaluating(self.model), torch.no_grad():
-            return _call(self.model, inputs)
-
-
 def bytes_of(model: nn.Module) -> int:
     """What a model's parameters and buffers take, each counted once, without those of a compressor's simulation."""
     simulation = {id(own) for module in model.modules() if isinstance(module, TargetStack) for own in module.buffers()}
     held = {id(own): own for own in named_tensors(model).values() if id(own) not in simulation}
     return sum(own.numel() * own.element_size() for own in held.values())
-
-
-def _call(model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    args, kwargs = inputs
-    return model(*args, **kwargs)
 
 
 _ATEN = torch.ops.aten

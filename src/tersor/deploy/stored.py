@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from tersor.config import Granularity
 from tersor.config.dtypes import IntDtype, QuantDtype, parse_dtype
 from tersor.deploy.operators import dequantize, quantize, storage_type
 from tersor.errors import CheckpointError
-from tersor.quantization.format import Format
 
 
 @dataclass(frozen=True)
@@ -95,16 +94,6 @@ class Stored:
         assert self.scale is not None
         assert self.zero_point is not None
         return dequantize(numbers, self.scale, self.zero_point, self.kind, self.axis, self.block)
-
-    def form(self) -> Format:
-        """Type, scheme and range."""
-        return Format(self.dtype, "affine" if self.scheme == "affine" else "symmetric", self.low, self.high)
-
-    def shifted(self, by: int, dtype: IntDtype) -> Stored:
-        """The same real values as other numbers, each larger by so much: int8 is uint8 shifted by 128."""
-        assert self.zero_point is not None
-        zero_point = (self.zero_point.int() + by).to(storage_type(dtype))
-        return replace(self, dtype=dtype, low=self.low + by, high=self.high + by, zero_point=zero_point)
 
 
 def _check(scale: Tensor, zero_point: Tensor, low: float, high: float, where: str) -> None:

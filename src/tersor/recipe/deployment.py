@@ -21,7 +21,6 @@ from tersor.config.values import is_activation
 from tersor.deploy import CompiledModel, QuantizationSpeedup, engine_config
 from tersor.deploy.audit import AuditLine, audit, audit_table
 from tersor.deploy.engines import engine_of
-from tersor.deploy.operators import dequantize
 from tersor.deploy.post_training import post_training
 from tersor.deploy.quantization_speedup import OnFailure, Unsupported
 from tersor.deploy.side_by_side import SideBySide, side_by_side
@@ -201,10 +200,7 @@ def _misfit(model: nn.Module, calibration: CalibrationConfig) -> float:
                 continue
             values = tensors[name].detach().cpu().float()
             stored = Stored.of(said, name, values.shape)
-            assert stored.scale is not None
-            assert stored.zero_point is not None
-            form = (stored.scale, stored.zero_point, stored.kind, stored.axis, stored.block)
-            difference = dequantize(stored.numbers(values), *form) - values
+            difference = stored.values(stored.numbers(values)) - values
             lost, power = lost + float(difference.square().sum()), power + float(values.square().sum())
     return lost / power if power else 0.0
 
