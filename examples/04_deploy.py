@@ -45,7 +45,9 @@ def main() -> None:
         batches = data.train.images[: min(asked.images, CALIBRATION_IMAGES)].split(BATCH_SIZE)
         quantizer = PtqQuantizer(network, config_list, calibration=batches)
         quantizer.compress()
-        compiled = QuantizationSpeedup(quantizer, x, engine=name, float_model=original).compile()
+        # Inductor's integer kernel misreads inputs of one channel, so it leaves the first of ten layers in fp32.
+        speedup = QuantizationSpeedup(quantizer, x, engine=name, float_model=original, min_coverage=0.9)
+        compiled = speedup.compile()
         artefacts[name] = CompiledModel.load(compiled.save(OUTPUT / name), threads=threads)  # by the engine alone
         after = accuracy(artefacts[name], data)
         console.print(f"Accuracy {after:.2%} on {engine.title}.", compiled.report.table())
