@@ -25,6 +25,7 @@ from tersor.deploy.engine import UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import Graph, module_of
 from tersor.deploy.inductor_patterns import BYTES, contraction_behind, fit_parameters, merge_limits, round_before_pools
 from tersor.deploy.lowering import Fallback, Program
+from tersor.deploy.movement import dequantize_late
 from tersor.deploy.operators import SIGNS
 from tersor.deploy.placement import gather_numbers, join_twins, unsigned_activations, whole_ranges
 from tersor.errors import CheckpointError, InvalidValueError, TraceError
@@ -77,6 +78,7 @@ class Inductor(Engine):
         graph = Graph(program)
         unsigned_activations(graph)  # convolutions take nothing else
         join_twins(graph)
+        dequantize_late(graph)  # behind what pads inside a convolution's own code
         round_before_pools(graph)
         gather_numbers(graph)
         whole_ranges(graph)
