@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.deploy_networks import Call, Inputs, Network, by_sixteen
 from benchmarks.deploy_rows import Row, Task
-from tersor.deploy import CompiledModel, QuantizationSpeedup, engine_config, engines
+from tersor.deploy import CompiledModel, QuantizationSpeedup, engines, post_training
 from tersor.deploy.agreement import agreement
 from tersor.quantization import PtqQuantizer
 
@@ -25,12 +25,8 @@ TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "inductor": "In
 
 def quantized(task: Task, engine: str) -> PtqQuantizer:
     """The network, calibrated."""
-    example = task.network.example(4)
-    model, config_list = engine_config(task.model, example, engine=engine)
     batches = [(*inputs, None) for inputs in task.calibration]  # what stands last is taken for the targets
-    quantizer = PtqQuantizer(model, config_list, example_inputs=example, calibration=batches)
-    quantizer.compress()
-    return quantizer
+    return post_training(task.model, task.network.example(4), batches, engine)
 
 
 def tersor_build(engine: str) -> Any:

@@ -27,7 +27,7 @@ from tersor.graph.inputs import named_tensors
 from tersor.speedup.attention import narrow_attention
 from tersor.speedup.resize import CORRECTED, size_attributes
 from tersor.speedup.slicing import Snapshot
-from tersor.storage import read_tensors, replacing_folder, write_tensors, write_text
+from tersor.storage import read_tensors, replacing_folder, sha256_of, write_tensors, write_text
 from tersor.wrapping import is_wrapped
 
 TENSORS_FILE = "model.safetensors"
@@ -109,7 +109,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, metadata: Mappi
             version=VERSION,
             tersor=version("tersor"),
             model=f"{type(model).__module__}.{type(model).__qualname__}",
-            sha256=_sha256(tensors_file),
+            sha256=sha256_of(tensors_file),
             tensors=records,
             sizes={name: sizes for name, module in model.named_modules() if (sizes := size_attributes(module))},
             metadata=plain_metadata,
@@ -225,7 +225,7 @@ def _read_verified(directory: Path, architecture: Architecture, device: str | to
     described = {
         name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in tensors.items()
     }
-    if _sha256(path) != architecture.sha256 or described != {n: (r.shape, r.dtype) for n, r in written.items()}:
+    if sha256_of(path) != architecture.sha256 or described != {n: (r.shape, r.dtype) for n, r in written.items()}:
         raise CheckpointError(
             f"does not belong to its {ARCHITECTURE_FILE}: the checksum or the shapes differ, so one of them is damaged",
             where=str(path),
@@ -343,11 +343,3 @@ def _kind(tensor: Tensor) -> Literal["parameter", "buffer"]:
 
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -7,6 +7,7 @@ with Ctrl-C or by a crash, keeps what was there before.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -267,6 +268,15 @@ def load_calibration(path: str | os.PathLike[str]) -> dict[str, dict[str, dict[s
         module, target, key = name.rsplit("::", 2)
         calibration[module][target][key] = tensor
     return calibration
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

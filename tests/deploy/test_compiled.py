@@ -9,7 +9,7 @@ import torch._dynamo  # slow to import, which is no test's fault
 from torch import nn
 
 from tersor.deploy import CompiledModel, QuantizationSpeedup
-from tersor.deploy.compiled import DeployReport
+from tersor.deploy.record import DeployReport
 from tersor.errors import CheckpointError, InvalidValueError
 from tests.deploy.lowered import ptq
 

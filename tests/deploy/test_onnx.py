@@ -1,11 +1,15 @@
 """Export to ONNX and the check against ONNX Runtime."""
 
+import importlib.util
+
 import pytest
 import torch
 import torch._dynamo  # slow to import, which is no test's fault
 from torch import nn
 
 from tersor.deploy import check_onnx, export_onnx
+from tersor.deploy.lowering import lower
+from tersor.deploy.onnx import write_program
 from tersor.errors import MissingExtraError, TraceError, VerificationError
 
 pytest.importorskip("onnxscript")
@@ -59,3 +63,12 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     with pytest.raises(MissingExtraError, match=r"onnx, onnxscript, onnxruntime.*tersor\[onnx\]"):
         export_onnx(nn.Linear(3, 2), torch.zeros(1, 3), tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_for_another_engine_is_written_without_onnx_runtime(tmp_path, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "onnxruntime" else there(name, *a))
+    program = lower(nn.Linear(3, 2), torch.zeros(2, 3))
+    assert write_program(program, tmp_path / "model.onnx").stat().st_size > 0
+    with pytest.raises(MissingExtraError, match="not installed: onnxruntime"):
+        check_onnx(tmp_path / "model.onnx", nn.Linear(3, 2), torch.zeros(2, 3))

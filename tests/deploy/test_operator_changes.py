@@ -1,8 +1,8 @@
 """Operators before and after pruning."""
 
-from tersor.deploy.compiled import DeployReport
 from tersor.deploy.engine import Operator
 from tersor.deploy.operator_changes import compare_operators
+from tersor.deploy.record import DeployReport
 
 
 def report(*operators):

@@ -10,9 +10,10 @@ from tersor.checkpoint import read_architecture
 from tersor.deploy import Deployment, DeployReport, read_deployment
 from tersor.deploy.engine import Operator
 from tersor.deploy.lowering import Fallback
-from tersor.deploy.record import is_deployment, sha256
+from tersor.deploy.record import is_deployment
 from tersor.deploy.structure import Input, Signature
 from tersor.errors import CheckpointError
+from tersor.storage import sha256_of
 
 REPORT = DeployReport(
     "onnxruntime",
@@ -45,7 +46,7 @@ def folder(tmp_path):
         "options": {},
         "signature": SIGNATURE.to_dict(),
         "report": REPORT.to_dict(),
-        "files": {"model.onnx": sha256(tmp_path / "model.onnx")},
+        "files": {"model.onnx": sha256_of(tmp_path / "model.onnx")},
     }
     (tmp_path / "deployment.json").write_text(json.dumps(record))
     return tmp_path

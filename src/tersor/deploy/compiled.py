@@ -14,11 +14,10 @@ import torch
 
 from tersor.analysis.latency import Latency, measure
 from tersor.deploy.engines import engine_of
-from tersor.deploy.record import FORMAT, RECORD, is_deployment, read_deployment, sha256
-from tersor.deploy.record import DeployReport as DeployReport
+from tersor.deploy.record import FORMAT, RECORD, DeployReport, is_deployment, read_deployment
 from tersor.deploy.structure import Signature
 from tersor.errors import InvalidValueError
-from tersor.storage import replacing_folder
+from tersor.storage import replacing_folder, sha256_of
 
 
 class CompiledModel:
@@ -77,7 +76,7 @@ class CompiledModel:
                 "options": self.options,
                 "signature": self.signature.to_dict(),
                 "report": self.report.to_dict(),
-                "files": {file.name: sha256(file) for file in sorted(temporary.iterdir())},
+                "files": {file.name: sha256_of(file) for file in sorted(temporary.iterdir())},
             }
             (temporary / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
         return directory

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from tersor.config.dtypes import QuantDtype
+from tersor.deploy.extras import missing
 from tersor.deploy.lowering import Fallback, Program
 from tersor.errors import MissingExtraError
 
@@ -101,8 +101,7 @@ class Engine(ABC):
     @classmethod
     def why_not(cls) -> str:
         """Why it cannot be used here; empty where it can."""
-        missing = [package for package in cls.packages if importlib.util.find_spec(package) is None]
-        return f"not installed: {', '.join(missing)}" if missing else ""
+        return missing(*cls.packages)
 
     @classmethod
     def why_not_open(cls) -> str:

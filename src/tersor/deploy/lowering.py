@@ -177,14 +177,9 @@ def export(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
     Raises:
         TraceError: it rejects the model.
     """
-    args, kwargs = as_call(example_inputs)
-    shapes = None
-    if dynamic_batch:
-        named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        batch = batch_size_of(example_inputs)
-        shapes = {name: _free_batch(value, batch) for name, value in named.items()}
-        # torch.export would take a batch of 1 for a constant.
-        args, kwargs = with_batch_size(example_inputs, max(batch, 2))
+    args, kwargs, shapes = (
+        export_arguments(model, example_inputs) if dynamic_batch else (*as_call(example_inputs), None)
+    )
     # In the order of forward, whatever that of the example: so the program's inputs are, and a signature's.
     kwargs = {name: kwargs[name] for name in arguments_of(model, args, kwargs) if name in kwargs}
     with evaluating(model), torch.no_grad(), warnings.catch_warnings():
@@ -205,6 +200,16 @@ def export(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True)
             ) from error
 
 
+def export_arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """What ``torch.export`` is given for a free batch size: positional and keyword arguments, and dynamic shapes."""
+    args, kwargs = as_call(example_inputs)
+    named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    batch = batch_size_of(example_inputs)
+    shapes = {name: _free_batch(value, batch) for name, value in named.items()}
+    # torch.export would take a batch of 1 for a constant.
+    return *with_batch_size(example_inputs, max(batch, 2)), shapes
+
+
 def _free_batch(value: Any, batch: int) -> Any:
     """Which dimensions of an argument are free, nested as it is."""
     if isinstance(value, Tensor):
@@ -212,7 +217,8 @@ def _free_batch(value: Any, batch: int) -> Any:
     if isinstance(value, Mapping):
         return {key: _free_batch(own, batch) for key, own in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_free_batch(own, batch) for own in value)
+        parts = [_free_batch(own, batch) for own in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return None
 
 

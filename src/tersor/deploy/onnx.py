@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import logging
 import os
 import warnings
@@ -16,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from tersor.analysis.batches import batch_size_of, with_batch_size
-from tersor.deploy.lowering import Program
-from tersor.errors import MissingExtraError, TraceError, VerificationError
-from tersor.graph.inputs import as_call, evaluating, map_tensors, tensors_of
+from tersor.deploy.extras import require
+from tersor.deploy.lowering import Program, export_arguments
+from tersor.errors import TraceError, VerificationError
+from tersor.graph.inputs import evaluating, tensors_of
 from tersor.speedup.verify import outputs_of, relative_error
 from tersor.storage import replacing_file
 
-PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+TO_WRITE = ("onnx", "onnxscript")
+"""What a file is written with; other engines than ONNX Runtime read it, too."""
 OPSET = 21
 """The first with types of four bits and with blocks; of what stands here nothing needs a later one."""
 
@@ -33,11 +33,7 @@ def require_onnx() -> None:
     Raises:
         MissingExtraError: one of its packages is not installed.
     """
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise MissingExtraError(
-            f"not installed: {', '.join(missing)}", where="onnx", remedy="Install them: pip install 'tersor[onnx]'."
-        )
+    require("onnx", "tersor[onnx]", *TO_WRITE, "onnxruntime")
 
 
 def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[str]) -> Path:
@@ -57,12 +53,7 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
         TraceError: the exporter rejects the model.
     """
     require_onnx()
-    args, kwargs = as_call(example_inputs)
-    named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    batch = batch_size_of(example_inputs)
-    shapes = map_tensors(dict(named), lambda tensor: _free_batch(tensor, batch))
-    # torch.export would take a batch of 1 for a constant.
-    args, kwargs = with_batch_size(example_inputs, max(batch, 2))
+    args, kwargs, shapes = export_arguments(model, example_inputs)
     with evaluating(model), replacing_file(path) as temporary, _quiet_exporter(), _traced_errors(type(model).__name__):
         torch.onnx.export(
             model,
@@ -96,7 +87,7 @@ def write_program(
         MissingExtraError: ONNX is not installed.
         TraceError: the exporter knows no translation of an operator.
     """
-    require_onnx()
+    require("onnx", "tersor[onnx]", *TO_WRITE)
     import onnx
 
     from tersor.deploy.onnx_operators import join_dynamic, name_by_module, pack_small_types, translations
@@ -181,8 +172,3 @@ def check_onnx(
             remedy="Report it with the model: the exporter or an operator of the runtime computes something else.",
         )
     return error
-
-
-def _free_batch(tensor: Tensor, batch: int) -> dict[int, Any]:
-    free = tensor.dim() > 0 and tensor.shape[0] == batch
-    return {0: torch.export.Dim.DYNAMIC} if free else {}

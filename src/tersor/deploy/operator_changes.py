@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from tersor.deploy.compiled import DeployReport
 from tersor.deploy.engine import Operator
+from tersor.deploy.record import DeployReport
 
 FASTER = 0.95
 """An operator that takes a larger share than this of its time before has not become faster: profiles are not exact."""

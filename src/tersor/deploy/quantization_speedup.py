@@ -17,17 +17,18 @@ from torch import fx, nn
 
 from tersor.compressor import Compressor
 from tersor.deploy.agreement import agreement
-from tersor.deploy.compiled import CompiledModel, DeployReport, size_of
+from tersor.deploy.compiled import CompiledModel, size_of
 from tersor.deploy.engine import Engine
 from tersor.deploy.engines import engine_of
 from tersor.deploy.graph import DEQUANTIZE
 from tersor.deploy.lowering import Fallback, Program, lower
 from tersor.deploy.operator_changes import compare_operators
 from tersor.deploy.plain import Plain, plain_copy, plain_of
+from tersor.deploy.record import DeployReport
 from tersor.deploy.simulation import Simulation, called, floor_of
 from tersor.deploy.small import make_small
 from tersor.deploy.structure import Signature
-from tersor.deploy.unsupported import fit_types
+from tersor.deploy.unsupported import Unsupported, fit_types
 from tersor.errors import InvalidValueError, TersorError, VerificationError
 from tersor.graph import Masks
 from tersor.graph.inputs import evaluating, named_tensors, tensors_of
@@ -35,7 +36,6 @@ from tersor.quantization.base import CalibrationConfig
 from tersor.wrapping import TargetStack
 
 OnFailure = Literal["error", "warn"]
-Unsupported = Literal["error", "float", "widen"]
 FLOOR_MARGIN = 6.0
 """So many dB below what the simulation has against itself an artefact may lie."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from tersor.deploy.engine import Operator
 from tersor.deploy.lowering import Fallback
 from tersor.deploy.structure import Signature
 from tersor.errors import CheckpointError
+from tersor.storage import sha256_of
 
 FORMAT = "tersor-deployment"
 RECORD = "deployment.json"
@@ -131,7 +131,7 @@ class Deployment:
             file = self.directory / name
             if not file.exists():
                 raise CheckpointError("is missing", where=str(file))
-            if sha256(file) != checksum:
+            if sha256_of(file) != checksum:
                 raise CheckpointError("is damaged: its checksum is another one", where=str(file))
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,12 +194,3 @@ def operators_table(operators: Sequence[Operator]) -> Table:
     if others:
         table.add_row(f"{len(others)} others", "", "", f"{sum(others):.3f}")
     return table
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

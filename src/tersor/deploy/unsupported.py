@@ -17,13 +17,12 @@ from tersor.deploy.lowering import Fallback, Program
 from tersor.deploy.operators import dequantize, spread, storage_type
 from tersor.errors import InvalidValueError
 
+Unsupported = Literal["error", "float", "widen"]
 _ATEN = torch.ops.aten
 _WIDER = (4, 8, 16, 32)
 
 
-def fit_types(
-    program: Program, engine: Engine, unsupported: Literal["error", "float", "widen"]
-) -> tuple[Program, tuple[Fallback, ...]]:
+def fit_types(program: Program, engine: Engine, unsupported: Unsupported) -> tuple[Program, tuple[Fallback, ...]]:
     """A program without the types that an engine lacks.
 
     Args:

@@ -22,10 +22,11 @@ from tersor.deploy import CompiledModel, QuantizationSpeedup, engine_config
 from tersor.deploy.audit import AuditLine, audit, audit_table
 from tersor.deploy.engines import engine_of
 from tersor.deploy.post_training import post_training
-from tersor.deploy.quantization_speedup import OnFailure, Unsupported
+from tersor.deploy.quantization_speedup import OnFailure
 from tersor.deploy.side_by_side import SideBySide, side_by_side
 from tersor.deploy.smaller import slower_layers
 from tersor.deploy.stored import Stored
+from tersor.deploy.unsupported import Unsupported
 from tersor.errors import UnmatchedError, nearest
 from tersor.graph import functions_as_modules
 from tersor.graph.inputs import named_tensors

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.compressor import Compressor
+from tersor.deploy.extras import require
 from tersor.deploy.weight_only.packing import Integers, pack
 from tersor.deploy.weight_only.source import (
     Source,
@@ -36,7 +37,6 @@ from tersor.deploy.weight_only.source import (
     collect,
     deviation,
     refuse_other_folder,
-    require,
     size_of,
 )
 from tersor.errors import ConflictError, InvalidValueError

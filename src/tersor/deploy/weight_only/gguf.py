@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from tersor.compressor import Compressor
+from tersor.deploy.extras import require
 from tersor.deploy.weight_only.gguf_metadata import architecture_of, rows_in_order, write_metadata
 from tersor.deploy.weight_only.packing import Integers
-from tersor.deploy.weight_only.source import Source, Unsupported, WeightReport, collect, deviation, require, size_of
+from tersor.deploy.weight_only.source import Source, Unsupported, WeightReport, collect, deviation, size_of
 from tersor.errors import InvalidValueError
 from tersor.graph.inputs import named_tensors
 from tersor.quantization.base import CalibrationConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,7 @@ from tersor.deploy.plain import plain_copy
 from tersor.deploy.stored import Stored
 from tersor.deploy.weight_only.packing import Integers
 from tersor.deploy.weights import check_rounded
-from tersor.errors import InvalidValueError, MissingExtraError, UnmatchedError, WrapError, nearest
+from tersor.errors import InvalidValueError, UnmatchedError, WrapError, nearest
 from tersor.graph.inputs import named_tensors
 from tersor.quantization.base import CalibrationConfig
 from tersor.wrapping import is_wrapped
@@ -74,19 +73,6 @@ class Source:
     def float_bytes(self) -> int:
         """Of the parameters, tied ones once."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.model.parameters())
-
-
-def require(format_name: str, extra: str, *packages: str) -> None:
-    """Refuse to begin without an optional package.
-
-    Raises:
-        MissingExtraError: saying what is missing.
-    """
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise MissingExtraError(
-            f"not installed: {', '.join(missing)}", where=format_name, remedy=f"Install it: pip install '{extra}'."
-        )
 
 
 def collect(
