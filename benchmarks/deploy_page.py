@@ -19,6 +19,7 @@ from benchmarks.deploy_verdicts import (
     figures_of,
     file_of,
     floor_of,
+    layers_of,
     ours,
     rows_of,
     times_of,
@@ -76,7 +77,7 @@ def page(document: Document | None = None) -> str:
 ROWS = """Milliseconds of a call. *File* is in MB, and as a share of that in fp32 on the same engine. *SNR* is of the
 outputs against the network in fp32; *simulation* is of the artefact against what `PtqQuantizer` simulated, and in
 brackets stands the floor, what the simulation has against itself where values change by what float32 is off by, if it
-is under 40.
+is under 40; *layers* is of the layer that agrees least with the simulation's from the same inputs.
 *Int8* is how many convolutions and products run in int8 by the engine's own profile; for peers products of attention
 are among them, for Tersor they are not.
 """
@@ -139,12 +140,12 @@ def share(found: dict[int, dict[str, float]], part: str, whole: str) -> str:
 
 def table(document: Document, network: str) -> str:
     """Every row of one network."""
-    heads = ["file", "SNR", "simulation", "int8"]
+    heads = ["file", "SNR", "simulation", "layers", "int8"]
     heads += [f"{threads}, {batch}" for threads, batch in SETTINGS]
     lines = [f"| threads, batch | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
     timed = [times_of(document, network, *setting) for setting in SETTINGS]
     for name, row in rows_of(document, network).items():
-        cells = [file(document, network, name), number(row.get("snr")), simulated(row), counted(row)]
+        cells = [file(document, network, name), number(row.get("snr")), simulated(row), by_layer(row), counted(row)]
         cells += [f"{rows[name]['ms']:.2f}" if name in rows else "" for rows in timed]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -170,6 +171,11 @@ def simulated(row: dict[str, Any]) -> str:
         return ""
     lowest = floor_of(row)
     return number(row["simulation"]["snr"]) + ("" if lowest is None else f" ({lowest:.1f})")
+
+
+def by_layer(row: dict[str, Any]) -> str:
+    """The layer that agrees least, from the same inputs."""
+    return number(min((own["snr"] for own in layers_of(row)), default=None))
 
 
 def counted(row: dict[str, Any]) -> str:

@@ -51,6 +51,7 @@ def tersor_build(engine: str) -> Any:
             record[f"batch_{batch}"] = {
                 "simulation_snr": report.simulation_snr,
                 "floor": report.floor,
+                "layers": report.to_dict()["layers"],
                 "asked": report.asked,
                 "int8": report.int8,
                 "coverage": report.coverage,

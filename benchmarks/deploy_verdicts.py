@@ -136,9 +136,12 @@ def verdicts(document: Document) -> list[Verdict]:
         verdict(f"file at most {FILE} of that in fp32 on the same engine", files(document)),
         verdict("EfficientNet-Lite0 agrees with fp32 at least as often as NNCF's", agreement(document)),
         verdict("MiniLM's correlations are at least NNCF's", correlations(document)),
-        verdict(f"artefact against simulation: at least {SNR:.0f} dB", exactness(document, floor=False)),
+        verdict(f"each layer against the simulation's, from the same inputs: at least {SNR:.0f} dB", layers(document)),
+        verdict("the artefact's answers are the simulation's, from the same inputs to the last layer",
+                answers(document, layers=True)),
+        verdict(f"artefact against simulation, end to end: at least {SNR:.0f} dB", exactness(document, floor=False)),
         verdict(f"... or at most {MARGIN:.0f} dB under the simulation's own floor", exactness(document, floor=True)),
-        verdict("the artefact's answers are the simulation's", answers(document)),
+        verdict("the artefact's answers are the simulation's, end to end", answers(document)),
         verdict("all convolutions and linear layers run in int8", coverage(document)),
         verdict(f"half the channels: at least {FASTER:.0f} times faster than all in int8", halved(document, "int8")),
         verdict(f"half the channels: at least {EAGER_FASTER:.0f} times faster than fp32", halved(document, "eager")),
@@ -237,8 +240,28 @@ def exactness(document: Document, *, floor: bool) -> list[Case]:
     return cases
 
 
-def answers(document: Document) -> list[Case]:
-    """Shares of samples with the simulation's answer."""
+def layers(document: Document) -> list[Case]:
+    """The layer of each artefact that agrees least with the simulation's from the same inputs, in dB."""
+    return [
+        Case(title(document, network, engine), own["snr"], SNR, f"{own['snr']:.1f} dB")
+        for network, engine, _, row in ours(document)
+        for own in layers_of(row)
+    ]
+
+
+def layers_of(row: Document) -> list[Document]:
+    """What was found layer by layer, for each batch size where it was looked at."""
+    return [part["layers"] for key, part in row.items() if key.startswith("batch_") and part.get("layers")]
+
+
+def answers(document: Document, *, layers: bool = False) -> list[Case]:
+    """Shares of samples with the simulation's answer, end to end or from the same inputs to the last layer."""
+    if layers:
+        return [
+            Case(title(document, network, engine), own["top1"], 1.0, f"{own['top1']:.1%}")
+            for network, engine, _, row in ours(document)
+            for own in layers_of(row)
+        ]
     return [
         Case(title(document, network, engine), row["simulation"]["top1"], 1.0, f"{row['simulation']['top1']:.1%}")
         for network, engine, _, row in ours(document)

@@ -150,6 +150,7 @@ class _Case:
             "bytes": report.bytes,
             "snr": round(report.simulation_snr, 1) if report.simulation_snr < 1e3 else 1e3,
             "floor": None if report.floor is None else round(min(report.floor, 1e3), 1),
+            "layers": None if report.layers is None else round(min(report.layers.snr, 1e3), 1),
             "asked": report.asked,
             "int8": report.int8,
             "fallbacks": [f"{own.where}: {own.reason}" for own in report.fallbacks[:5]],
@@ -221,7 +222,9 @@ def line(name: str, part: str, found: Record) -> str:
         own = found.get(step, {"ok": False, "failure": {"message": "not reached"}})
         failure = own.get("failure", {}).get("message", "")[:200]
         figures = {
-            key: own[key] for key in ("error", "snr", "floor", "asked", "int8", "note") if own.get(key) is not None
+            key: own[key]
+            for key in ("error", "snr", "floor", "layers", "asked", "int8", "note")
+            if own.get(key) is not None
         }
         words.append(f"{step} {'ok' if own['ok'] else 'FAILED ' + failure} {figures}")
     return f"{name} {part}: {'; '.join(words)} {found.get('seconds', '')} s"

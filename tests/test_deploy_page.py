@@ -5,7 +5,18 @@ import torch
 
 from benchmarks.deploy_networks import by_sixteen
 from benchmarks.deploy_page import PAGE, page, share
-from benchmarks.deploy_verdicts import coverage, exactness, fastest_peer, files, halved, latency, verdict, verdicts
+from benchmarks.deploy_verdicts import (
+    answers,
+    coverage,
+    exactness,
+    fastest_peer,
+    files,
+    halved,
+    latency,
+    layers,
+    verdict,
+    verdicts,
+)
 
 SAYS = {
     "torch eager fp32": {"engine": "torch", "kind": "float", "says": "as it is"},
@@ -25,7 +36,7 @@ def built(row, **figures):
 OURS = {
     "simulation": {"snr": 31.0, "top1": 0.9},
     "batch_1": {"floor": None},
-    "batch_16": {"floor": 33.0},
+    "batch_16": {"floor": 33.0, "layers": {"snr": 61.0, "top1": 1.0}},
     "profile": {"int8": 20, "contractions": 21},
 }
 DOCUMENT = {
@@ -93,6 +104,12 @@ def test_the_floor_counts_only_where_it_is_asked_for():
     assert [case.surplus for case in exactness(DOCUMENT, floor=True)] == [4.0]
 
 
+def test_layers_are_compared_from_the_same_inputs():
+    assert [case.surplus for case in layers(DOCUMENT)] == [21.0]
+    assert [case.value for case in answers(DOCUMENT, layers=True)] == [1.0]
+    assert [case.value for case in answers(DOCUMENT)] == [0.9]
+
+
 def test_half_the_channels_are_compared_with_all_and_with_eager():
     assert [(case.value, case.surplus >= 0) for case in halved(DOCUMENT, "int8")] == [(2.5, True)]
     assert [(case.value, case.surplus >= 0) for case in halved(DOCUMENT, "eager")] == [(10.0, False)]
@@ -111,7 +128,7 @@ def test_what_was_not_measured_is_said():
 def test_an_error_and_a_floor_are_printed():
     text = page(DOCUMENT)
     assert "- ORT quantize_static, all, Net: `ValueError: a/b`" in text
-    assert "| Tersor, OpenVINO | 0.0 (0.280) | 30.0 | 31.0 (33.0) | 20 of 21 |  |  |  | 10.50 |" in text
+    assert "| Tersor, OpenVINO | 0.0 (0.280) | 30.0 | 31.0 (33.0) | 61.0 | 20 of 21 |  |  |  | 10.50 |" in text
     assert "NNCF, mixed of Net has 3.0" in text
 
 

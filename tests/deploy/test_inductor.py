@@ -77,6 +77,14 @@ def test_it_computes_what_the_simulation_does_in_int8(compiled):
 
 
 @needs_compiler
+def test_a_package_is_compressed(compiled):
+    with zipfile.ZipFile(compiled.folder / "model.pt2") as package:
+        parts = package.infolist()
+    assert {part.compress_type for part in parts} == {zipfile.ZIP_DEFLATED}
+    assert sum(part.compress_size for part in parts) < 0.5 * sum(part.file_size for part in parts)
+
+
+@needs_compiler
 def test_a_package_is_opened_without_a_compiler_on_a_machine_like_this_one(compiled, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(MissingExtraError, match="no C\\+\\+ compiler: no-such-compiler is not found"):

@@ -92,3 +92,25 @@ def test_the_file_says_which_optimizers_to_keep_off(tmp_path):
 def test_types_that_it_lacks(kind):
     assert OnnxRuntime().lacks(parse_dtype(kind), is_activation=False) == f"has no {kind}"
     assert OnnxRuntime().lacks(parse_dtype("int4"), is_activation=False) == ""
+
+
+class Attention(nn.Module):
+    """A product with a weight, and two of values."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 48)
+
+    def forward(self, x):
+        query, key, value = self.fc(x).chunk(3, -1)
+        return (query @ key.transpose(1, 2) / 4).softmax(-1) @ value
+
+
+def test_products_of_values_are_told_from_those_with_a_weight(tmp_path):
+    engine, x = OnnxRuntime(), torch.randn(2, 5, 16)
+    program, _ = engine.prepare(lower(Attention().eval(), x))
+    engine.build(program, tmp_path, {})
+    computing = [
+        operator for operator in engine.open(tmp_path, threads=1, options={}).profile([x]) if operator.computes
+    ]
+    assert [operator.attends for operator in computing] == [False, True, True]

@@ -40,7 +40,12 @@ class Changed(Session):
         self.session, self.noise, self.precision = session, noise, precision
 
     def run(self, inputs):
-        return [value + self.noise * value.std() * torch.randn(value.shape) for value in self.session.run(inputs)]
+        return [self._disturbed(value) for value in self.session.run(inputs)]
+
+    def _disturbed(self, value):
+        if not value.is_floating_point():
+            return value
+        return value + self.noise * value.std() * torch.randn(value.shape)
 
     def profile(self, inputs):
         return [Operator(f"layer {index}", "Linear", self.precision, computes=True) for index in range(2)]
@@ -68,6 +73,8 @@ def test_an_engine_that_computes_something_else(monkeypatch, tmp_path):
         compiled = QuantizationSpeedup(quantizer, X, engine="onnxruntime", on_failure="warn").compile()
     assert 15 < compiled.report.simulation_snr < 25
     assert compiled.report.floor is not None
+    assert 15 < compiled.report.layers.snr < 25
+    assert compiled.report.layers.where == ""
 
 
 def test_an_engine_that_computes_in_floating_point(monkeypatch):
@@ -89,6 +96,7 @@ def test_the_report():
     assert report.simulation_snr >= 40
     assert report.coverage == 1
     assert report.float_snr is not None
+    assert report.layers is report.floor is None  # not needed
     assert report.float_bytes == bytes_of(before) == 4 * (8 * 16 + 16 + 16 * 4 + 4)
     assert report.top1 == 1
     assert report.bytes > 0

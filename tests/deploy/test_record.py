@@ -9,6 +9,7 @@ from rich.console import Console
 from tersor.checkpoint import read_architecture
 from tersor.deploy import Deployment, DeployReport, read_deployment
 from tersor.deploy.engine import Operator
+from tersor.deploy.layerwise import Layerwise
 from tersor.deploy.lowering import Fallback
 from tersor.deploy.record import is_deployment
 from tersor.deploy.structure import Input, Signature
@@ -30,6 +31,7 @@ REPORT = DeployReport(
     simulation_snr=52.25,
     float_snr=31.5,
     floor=33.0,
+    layers=Layerwise(62.5, "fc", 1.0, float("inf")),
     top1=0.5,
     fallbacks=(Fallback("fc.weight", "has no int3"),),
     milliseconds=1.5,

@@ -78,7 +78,7 @@ class CompiledModel:
                 "report": self.report.to_dict(),
                 "files": {file.name: sha256_of(file) for file in sorted(temporary.iterdir())},
             }
-            (temporary / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+            (temporary / RECORD).write_text(json.dumps(record, indent=2, allow_nan=False), encoding="utf-8")
         return directory
 
     @classmethod

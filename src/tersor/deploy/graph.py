@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
+from torch.utils import _pytree as pytree
 
 from tersor.deploy.lowering import Program
 
@@ -36,6 +37,7 @@ class Graph:
             spec.arg = replace(spec.arg, name=node.name)  # a copy calls "input" otherwise, as a word of Python
         self._state: dict[str, Any] = {**own.state_dict}
         self._constants: dict[str, Any] = {**own.constants}
+        self._calls = list(own.module_call_graph)
 
     @property
     def graph(self) -> fx.Graph:
@@ -91,6 +93,17 @@ class Graph:
             node.meta["val"] = value
         return node
 
+    def add_outputs(self, nodes: Iterable[fx.Node]) -> None:
+        """Make values outputs, behind those that the program has; all are given as one flat tuple then."""
+        output = self.graph.output_node()
+        values = [*output.args[0], *nodes]  # pyright: ignore
+        specs = self._signature.output_specs
+        specs += [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in values[len(specs) :]]
+        output.args = (tuple(values),)
+        whole: Any = self._calls[0]
+        flat = pytree.tree_structure((0,) * len(values))
+        self._calls[0] = replace(whole, signature=replace(whole.signature, out_spec=flat))
+
     def close(self, **changes: Any) -> Program:
         """The changed program; what nothing uses any more has gone.
 
@@ -109,7 +122,7 @@ class Graph:
             self._signature,
             self._state,
             own.range_constraints,
-            own.module_call_graph,
+            self._calls,
             own.example_inputs,
             self._constants,
         )

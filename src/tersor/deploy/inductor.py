@@ -29,6 +29,7 @@ from tersor.deploy.movement import dequantize_late
 from tersor.deploy.operators import SIGNS
 from tersor.deploy.placement import gather_numbers, join_twins, unsigned_activations, whole_ranges
 from tersor.errors import CheckpointError, InvalidValueError, TraceError
+from tersor.storage import replacing_file
 
 SHIM = "aoti_torch_cpu_"
 INTEGER = frozenset({"_qconv_pointwise_tensor", "_qconv2d_pointwise_binary_tensor", "_qlinear_pointwise_tensor",
@@ -121,6 +122,7 @@ class Inductor(Engine):
                     where=type(error).__name__,
                     remedy="Try another engine.",
                 ) from error
+        _deflate(folder / self.file)
 
     def open(self, folder: Path, *, threads: int | None, options: Mapping[str, Any]) -> Session:
         """Load the package, if this machine can run it."""
@@ -254,6 +256,17 @@ def _record_of(path: Path) -> dict[str, Any]:
             return json.loads(json.loads(package.read(name))[RECORD])
     except (OSError, ValueError, KeyError, StopIteration, zipfile.BadZipFile) as error:
         raise CheckpointError(f"is no package that Tersor compiled: {error}", where=os.fspath(path)) from error
+
+
+def _deflate(package: Path) -> None:
+    """Compress a package in place: torch stores its code, source and machine, as it is."""
+    with (
+        replacing_file(package) as temporary,
+        zipfile.ZipFile(package) as stored,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
 
 
 @contextmanager

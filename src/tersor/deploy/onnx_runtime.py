@@ -151,6 +151,7 @@ class _Session(Session):
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
                 kind = event["args"]["op_name"]
                 spent[event["name"].removesuffix("_kernel_time"), kind] += event["dur"]
+        attending = _attending(self._path)
         return [
             Operator(
                 name,
@@ -158,9 +159,30 @@ class _Session(Session):
                 "int8" if kind in INTEGER or kind.startswith(("QLinear", "Quantize", "Dequantize")) else "float",
                 microseconds / runs / 1000,
                 computes=kind in INTEGER | FLOATING,
+                attends=any(name == product or name.startswith(f"{product}/") for product in attending),
             )
             for (name, kind), microseconds in spent.items()
         ]
 
     def _feed(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         return {name: value.detach().cpu().numpy() for name, value in zip(self._inputs, inputs, strict=True)}
+
+
+MOVEMENT = frozenset({"DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "Unsqueeze"})
+
+
+def _attending(path: Path) -> list[str]:
+    """The names of a file's products of two values; what they are fused to is called by them and something more."""
+    import onnx  # here, because the package is optional
+
+    graph = onnx.load(path, load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    weights = {weight.name for weight in graph.initializer}
+
+    def is_weight(name: str) -> bool:
+        while name in makers and makers[name].op_type in MOVEMENT:
+            name = makers[name].input[0]
+        return name in weights or (name in makers and makers[name].op_type == "Constant")
+
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm", "Einsum")]
+    return [node.name for node in products if not any(is_weight(name) for name in node.input[:2])]

@@ -13,7 +13,7 @@ from tempfile import mkdtemp
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from tersor.compressor import Compressor
 from tersor.deploy.agreement import agreement
@@ -21,6 +21,7 @@ from tersor.deploy.compiled import CompiledModel, size_of
 from tersor.deploy.engine import Engine
 from tersor.deploy.engines import engine_of
 from tersor.deploy.graph import DEQUANTIZE
+from tersor.deploy.layerwise import layerwise
 from tersor.deploy.lowering import Fallback, Program, lower
 from tersor.deploy.operator_changes import compare_operators
 from tersor.deploy.plain import Plain, plain_copy, plain_of
@@ -60,8 +61,9 @@ class QuantizationSpeedup:
         unpruned: the report of the same model compiled before it was pruned; a warning names the operators that did
             not get faster.
         min_snr: outputs are to agree with the simulation's by so many dB. Deep networks amplify what differs in the
-            last digit where a value is rounded the other way; so what the simulation has against itself, its values
-            changed by what float32 is off by, is enough (less six dB).
+            last digit where a value is rounded the other way. So what the simulation has against itself, its values
+            changed by what float32 is off by, is enough (less six dB) where each layer agrees by so many dB from the
+            same inputs, see :func:`tersor.deploy.layerwise.layerwise`.
         min_coverage: of the convolutions and products that the calibration quantizes, this share has to run in int8.
         on_failure: ``error`` or ``warn`` where one of these fails.
         unsupported: what becomes of types that the engine lacks: an ``error``, ``float`` (the values stay rounded), or
@@ -199,7 +201,7 @@ class QuantizationSpeedup:
         compiled = CompiledModel(
             self.engine.name, folder, signature, report, threads=self.threads, options=self.options
         )
-        self._verify(compiled, program, simulation)
+        self._verify(compiled, program, prepared, simulation)
         self._warn_of_slower(compiled.report)
         return compiled
 
@@ -209,33 +211,55 @@ class QuantizationSpeedup:
             return self.model.model
         return program.exported.module() if self.calibration_config or self.masks else self.model
 
-    def _verify(self, compiled: CompiledModel, program: Program, simulation: Simulation) -> None:
+    def _verify(self, compiled: CompiledModel, program: Program, prepared: Program, simulation: Simulation) -> None:
         results = tensors_of(called(compiled, simulation.inputs))
         own = agreement(results, simulation.outputs)
-        floor = floor_of(program, simulation) if own.snr < self.min_snr else None
-        args, kwargs = simulation.inputs
-        operators = tuple(compiled.session.profile(compiled.signature.flatten(args, kwargs)))
+        flat = compiled.signature.flatten(*simulation.inputs)
+        operators = tuple(compiled.session.profile(flat))
         int8 = sum(operator.computes and operator.precision == "int8" for operator in operators)
         before = None
         if self.float_model is not None:
             with evaluating(self.float_model), torch.no_grad():
                 before = agreement(results, tensors_of(called(self.float_model, simulation.inputs))).snr
-        compiled.with_report(
-            operators=operators, int8=int8, simulation_snr=own.snr, float_snr=before, floor=floor, top1=own.top1
-        )
-        least = self.min_snr if floor is None else min(self.min_snr, floor - FLOOR_MARGIN)
-        if not own.snr >= least:
-            floor_text = "" if floor is None else f" (the simulation has {floor:.1f} dB against itself)"
-            self._fail(
-                f"the outputs depart from the simulation's: {own.snr:.1f} dB, less than {least:.1f}{floor_text}",
-                "Try another engine, or turn its optimizations off; do not ship this file.",
-            )
+        compiled.with_report(operators=operators, int8=int8, simulation_snr=own.snr, float_snr=before, top1=own.top1)
+        if not own.snr >= self.min_snr:
+            self._verify_layers(compiled, program, prepared, simulation, flat, results)
         if compiled.report.coverage < self.min_coverage:
             floating = [operator.name for operator in operators if operator.computes and operator.precision == "float"]
             self._fail(
                 f"{int8} of {compiled.report.asked} quantized operators run in int8; "
                 f"in floating point: {', '.join(floating[:5])}",
                 "See engine_config() for what this engine wants quantized, or lower min_coverage.",
+            )
+
+    def _verify_layers(
+        self,
+        compiled: CompiledModel,
+        program: Program,
+        prepared: Program,
+        simulation: Simulation,
+        flat: list[Tensor],
+        results: list[Tensor],
+    ) -> None:
+        """Outputs that are far from the simulation's: as far as rounding brings them, and each layer right?"""
+        own, floor = compiled.report.simulation_snr, floor_of(program, simulation)
+        layers = layerwise(
+            self.engine, prepared, simulation.inputs, flat, results, threads=self.threads, options=self.options
+        )
+        compiled.with_report(floor=floor, layers=layers)
+        remedy = "Try another engine, or turn its optimizations off; do not ship this file."
+        least = min(self.min_snr, floor - FLOOR_MARGIN)
+        if not own >= least:
+            self._fail(
+                f"the outputs depart from the simulation's: {own:.1f} dB, less than {least:.1f} "
+                f"(the simulation has {floor:.1f} dB against itself)",
+                remedy,
+            )
+        elif not layers.snr >= self.min_snr:
+            self._fail(
+                f"{layers.where or 'the last layer'} departs from the simulation's, from the same inputs: "
+                f"{layers.snr:.1f} dB, less than {self.min_snr:.1f}",
+                remedy,
             )
 
     def _warn_of_slower(self, report: DeployReport) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from tersor.analysis.metrics import si
 from tersor.deploy.agreement import decibels
 from tersor.deploy.engine import Operator
+from tersor.deploy.layerwise import Layerwise
 from tersor.deploy.lowering import Fallback
 from tersor.deploy.structure import Signature
 from tersor.errors import CheckpointError
@@ -39,7 +41,8 @@ class DeployReport:
         simulation_snr: the outputs against those of the simulation, in dB.
         float_snr: the outputs against those of the model before, in dB; None where that is not known.
         floor: what the simulation has against itself where its values change by what float32 is off by, in dB; None
-            where it was not needed.
+            where it was not needed, as ``layers``.
+        layers: how far each layer is from the simulation's, from the same inputs.
         top1: the share of samples whose largest output is that of the simulation.
         fallbacks: what does not run as asked, and why.
         milliseconds: the median of a call on the example inputs; None where it was not measured.
@@ -52,9 +55,10 @@ class DeployReport:
     operators: tuple[Operator, ...] = ()
     asked: int = 0
     int8: int = 0
-    simulation_snr: float = float("inf")
+    simulation_snr: float = inf
     float_snr: float | None = None
     floor: float | None = None
+    layers: Layerwise | None = None
     top1: float = 1.0
     fallbacks: tuple[Fallback, ...] = ()
     milliseconds: float | None = None
@@ -65,14 +69,15 @@ class DeployReport:
         return min(1.0, self.int8 / self.asked) if self.asked else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**asdict(self), "coverage": self.coverage}
+        """For JSON, which has no infinity: what is exact is ``"inf"``."""
+        return {**_without_infinity(asdict(self)), "coverage": self.coverage}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DeployReport:
         """From what :meth:`to_dict` gave."""
-        own = {key: value for key, value in content.items() if key != "coverage"}
+        own = _with_infinity({key: value for key, value in content.items() if key != "coverage"})
         own["operators"] = tuple(Operator(**operator) for operator in own["operators"])
+        own["layers"] = Layerwise(**_with_infinity(own["layers"])) if own.get("layers") else None
         own["fallbacks"] = tuple(Fallback(**fallback) for fallback in own["fallbacks"])
         return cls(**own)
 
@@ -94,11 +99,25 @@ class DeployReport:
         table.add_row("against the simulation", f"{decibels(self.simulation_snr)}, the same answer for {self.top1:.1%}")
         if self.floor is not None:
             table.add_row("the simulation against itself", decibels(self.floor))
+        if self.layers is not None:
+            of_same = f"{decibels(self.layers.snr)} or more, the same answer for {self.layers.top1:.1%}"
+            table.add_row("each layer, from the same inputs", of_same)
         if self.float_snr is not None:
             table.add_row("against fp32", decibels(self.float_snr))
         for fallback in self.fallbacks:
             table.add_row(f"not as asked: {fallback.where}", fallback.reason)
         return table
+
+
+def _without_infinity(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_infinity(value) if isinstance(value, dict) else str(value) if value in (inf, -inf) else value
+        for key, value in content.items()
+    }
+
+
+def _with_infinity(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: float(value) if value in ("inf", "-inf") else value for key, value in content.items()}
 
 
 @dataclass(frozen=True)
