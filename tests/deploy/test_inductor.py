@@ -73,7 +73,22 @@ def test_it_computes_what_the_simulation_does_in_int8(compiled):
     assert sorted(reasons) == ["single", "up"]
     assert "mistakes the layout of what a convolution of one channel gives" in reasons["single"]
     assert "no int8 kernel for aten.conv_transpose2d" in reasons["up"]
-    assert all(operator.milliseconds > 0 for operator in report.operators)
+    assert all(operator.milliseconds is None for operator in report.operators)
+
+
+@needs_compiler
+def test_its_code_and_its_profile_tell_the_same(compiled, tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.Softmax(-1)).eval(), torch.randn(4, 8)
+    before, after = (
+        QuantizationSpeedup(model, x, engine="inductor", dynamic_batch=False, options=options)
+        .compile()
+        .report.operators
+        for options in ({}, Inductor.timed)
+    )
+    assert [(own.name, own.kind) for own in before] == [(own.name, own.kind) for own in after]
+    assert [own.name for own in before if own.computes] == ["0", "2"]
+    assert {own.milliseconds for own in before} == {None}
+    assert all(own.milliseconds > 0 for own in after)
 
 
 @needs_compiler

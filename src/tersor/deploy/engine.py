@@ -89,6 +89,7 @@ class Engine(ABC):
         extra: of Tersor's, that brings them.
         file: the name of what :meth:`build` writes.
         wishes: what it wants quantized.
+        timed: options with which its profile says how long each operator takes, where it does not without.
     """
 
     name: ClassVar[str]
@@ -97,6 +98,7 @@ class Engine(ABC):
     extra: ClassVar[str]
     file: ClassVar[str]
     wishes: ClassVar[Wishes]
+    timed: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def why_not(cls) -> str:

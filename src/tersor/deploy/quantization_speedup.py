@@ -59,7 +59,8 @@ class QuantizationSpeedup:
         round_to: leave this many channels, or heads, or a multiple: engines compute in blocks, see the table of sizes
             in ``docs/deploy_zoo.md``.
         unpruned: the report of the same model compiled before it was pruned; a warning names the operators that did
-            not get faster.
+            not get faster. Both have to be compiled with the ``options`` in which the engine's profile has times
+            (``Engine.timed``).
         min_snr: outputs are to agree with the simulation's by so many dB. Deep networks amplify what differs in the
             last digit where a value is rounded the other way. So what the simulation has against itself, its values
             changed by what float32 is off by, is enough (less six dB) where each layer agrees by so many dB from the
@@ -263,7 +264,15 @@ class QuantizationSpeedup:
             )
 
     def _warn_of_slower(self, report: DeployReport) -> None:
-        changes = () if self.unpruned is None else compare_operators(self.unpruned, report)
+        if self.unpruned is None:
+            return
+        if all(operator.milliseconds is None for operator in report.operators):
+            warnings.warn(
+                f"{self.engine.title}'s profile has no times, so what pruning was of use for is not known; "
+                f"it has them with options={dict(self.engine.timed)}, before and after.",
+                stacklevel=3,
+            )
+        changes = compare_operators(self.unpruned, report)
         slower = [change for change in changes if not change.is_faster]
         if slower:
             shown = ", ".join(f"{own.name} ({own.before:.3g} -> {own.after:.3g} ms)" for own in slower[:5])

@@ -8,6 +8,7 @@ from torch import nn
 
 from tersor.analysis.layers import layers_of
 from tersor.deploy.audit import audit
+from tersor.deploy.engines import engine_of
 from tersor.deploy.quantization_speedup import QuantizationSpeedup
 from tersor.graph.inputs import as_call, tensors_of
 
@@ -54,7 +55,8 @@ def slower_layers(
 
 def _milliseconds(model: nn.Module, example_inputs: Any, engine: str, threads: int | None) -> dict[str, float]:
     """The time of each module that computes, the least of some profiles."""
-    speedup = QuantizationSpeedup(model, example_inputs, engine=engine, threads=threads)
+    timed = engine_of(engine).timed
+    speedup = QuantizationSpeedup(model, example_inputs, engine=engine, threads=threads, options=timed)
     compiled = speedup.compile()
     assert speedup.program is not None
     least: dict[str, float] = {}
