@@ -11,6 +11,10 @@ from tersor.analysis import compare as compare
 from tersor.checkpoint import load as load
 from tersor.checkpoint import save as save
 from tersor.compressor import Compressor as Compressor
+from tersor.finalize import Finalized as Finalized
+from tersor.finalize import finalize as finalize
+from tersor.recipe.fusion import compress as compress
+from tersor.recipe.fusion import fuse as fuse
 from tersor.storage import load_calibration as load_calibration
 from tersor.storage import load_masks as load_masks
 from tersor.storage import save_calibration as save_calibration

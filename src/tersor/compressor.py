@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from tersor.graph.inputs import evaluating, run
 from tersor.targets.plan import make_plan
 from tersor.targets.planned import OUT_CHANNEL
 from tersor.training import Evaluator, check_limits
+from tersor.training.timeline import Event, Timeline
 from tersor.wrapping import ModelWrappers
 
 
@@ -147,6 +149,37 @@ class Compressor(ABC):
     def _trainer(self) -> Evaluator | None:
         """The evaluator that one of the fused compressors was given."""
         return next((item.evaluator for item in self._chain if item.evaluator is not None), None)
+
+    def timeline(self) -> Timeline:
+        """What all fused compressors do, and after which optimizer step.
+
+        >>> from tersor.pruning import AGPPruner, L1NormPruner
+        >>> pruner = L1NormPruner(nn.Linear(4, 4), [{"op_types": ["Linear"], "sparse_ratio": 0.5}])
+        >>> print(AGPPruner(pruner, interval_steps=10, total_times=2).timeline())
+        after step 10  AGPPruner(L1NormPruner): prunes, 0.5 -> 0.438
+        after step 20  AGPPruner(L1NormPruner): prunes, 0.5 -> 0.5
+        """
+        return Timeline.of(replace(event, compressor=item.title) for item in self._chain for event in item.events())
+
+    def status(self) -> dict[str, float | Tensor]:
+        """Where all fused compressors stand: sparsity, bits, losses, by a word for each; read while they train."""
+        found: dict[str, float | Tensor] = {}
+        for item in self._chain:
+            found |= item.own_status()
+        return found
+
+    @property
+    def title(self) -> str:
+        """What it is called in a timeline."""
+        return type(self).__name__
+
+    def events(self) -> Iterable[Event]:
+        """What this compressor does at which step."""
+        return ()
+
+    def own_status(self) -> dict[str, float | Tensor]:
+        """Where this compressor stands."""
+        return {}
 
     @abstractmethod
     def _wrap_targets(self) -> None:

@@ -10,8 +10,10 @@ from tersor.deploy.lowering import lower
 from tersor.quantization import PtqQuantizer
 
 pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
+from tersor.deploy.onnx import write_program  # noqa: E402
 from tersor.deploy.onnx_runtime import DISABLED, DISABLED_KEY, OnnxRuntime  # noqa: E402
 
 ROWS = {"quant_dtype": "int8", "granularity": [1, -1]}
@@ -114,3 +116,35 @@ def test_products_of_values_are_told_from_those_with_a_weight(tmp_path):
         operator for operator in engine.open(tmp_path, threads=1, options={}).profile([x]) if operator.computes
     ]
     assert [operator.attends for operator in computing] == [False, True, True]
+
+
+class Padded(nn.Module):
+    """Padded as TensorFlow does it, more behind than in front."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 8, 3, 2), nn.Conv2d(8, 4, 3, padding=1)
+        self.third = nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = self.second(nn.functional.pad(torch.relu(self.first(nn.functional.pad(x, (0, 1, 0, 1)))), (1, 0, 2, 1)))
+        return self.third(nn.functional.pad(x, (1, 1, 1, 1), value=0.5))
+
+
+def test_convolutions_pad_by_themselves(tmp_path):
+    torch.manual_seed(0)
+    example = torch.randn(2, 2, 8, 8)
+    form = {"weight": {"quant_dtype": "int8"}, "_input_0": BYTES, "_output_0": BYTES}
+    decibels, ran, _ = built(Padded(), example, form, tmp_path)
+    assert decibels > 90
+    assert "QLinearConv" in ran
+    assert "Conv" not in ran
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    # What is not zero stays a pad.
+    assert [node.op_type for node in graph.node].count("Pad") == 1
+    pads = {node.name: list(own.ints) for node in graph.node for own in node.attribute if own.name == "pads"}
+    assert pads == {"first/Conv": [0, 0, 1, 1], "second/Conv": [3, 2, 2, 1], "third/Conv": [0, 0, 0, 0]}
+    plain, dense = Padded().eval(), tmp_path / "dense.onnx"
+    write_program(lower(plain, example), dense)
+    (result,) = onnxruntime.InferenceSession(dense).run(None, {"x": example.numpy()})
+    assert torch.allclose(torch.from_numpy(result), plain(example), atol=1e-5)

@@ -248,8 +248,8 @@ def test_distillation_takes_any_module():
     entries = [{"op_names": ["1"], "lambda": 0.5}, {"op_types": ["Linear"], "target_names": ["_input_"], "link": "0"}]
     specs = by_name(resolve(model, entries, "distillation"))
     assert {name: (spec.lambda_, spec.link, spec.apply_method) for name, spec in specs.items()} == {
-        ("0", "_input_0"): (1.0, ("0",), "mse"),
-        ("1", "_output_0"): (0.5, "auto", "mse"),
+        ("0", "_input_0"): (1.0, ("0",), None),
+        ("1", "_output_0"): (0.5, "auto", None),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, parameters_of, same
 from tersor.deploy.operators import quantize
 
 _ATEN = torch.ops.aten
+CONVOLUTIONS = frozenset({_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.convolution.default})
 POOLS = frozenset({_ATEN.max_pool1d.default, _ATEN.max_pool2d.default, _ATEN.max_pool3d.default})
 MOVEMENT = frozenset(
     {
@@ -65,13 +66,19 @@ def quantize_early(graph: Graph) -> None:
                 work.append(quantized)
 
 
-def dequantize_late(graph: Graph) -> None:
+def dequantize_late(graph: Graph, stays: Callable[[fx.Node], bool] = lambda node: False) -> None:
     """Round again behind what only moves values that lie on a grid, so that what reads them reads stored numbers.
 
     Values that are moved, and the positive ones that a ReLU keeps, lie on the grid on which they were; to round them
     changes nothing, and engines then move the stored numbers themselves.
+
+    Args:
+        graph: changed in place.
+        stays: which movements stay in floating point.
     """
     for node in graph.calls():
+        if stays(node):
+            continue
         limited = node.target is _ATEN.relu.default
         sources = [node.args[0]] if limited else list(_moved(node, through_parts=True))
         if not sources or not all(_is_rounded_value(graph, source) for source in sources):
@@ -93,6 +100,45 @@ def dequantize_late(graph: Graph) -> None:
         _, rounded = _round_behind(graph, node, (scale, zero_point, kind, low, high, *place))
         for reader in readers:
             reader.replace_input_with(node, rounded)
+
+
+def pad_behind_rounding(graph: Graph) -> None:
+    """Round in front of the zeros that are added for convolutions: zero is on the grid, so they may come after."""
+    for node in graph.calls(QUANTIZE):
+        pad, readers = node.args[0], list(node.users)
+        if not isinstance(pad, fx.Node) or not _adds_zeros(pad) or not is_whole_tensor(node) or are_signs(node):
+            continue
+        _, zero_point, _, low, high, *_ = parameters_of(node)
+        if not _holds_zero(graph, zero_point, low, high) or any(user.target is not DEQUANTIZE for user in readers):
+            continue
+        if not all(_feeds_convolutions(user) for user in readers):
+            continue
+        value = pad.args[0].meta["val"]  # pyright: ignore
+        node.replace_input_with(pad, pad.args[0])  # pyright: ignore
+        node.meta["val"] = value.to(node.meta["val"].dtype)
+        for rounded in readers:
+            rounded.meta["val"] = value
+            convolutions = readers_of(rounded)
+            with graph.graph.inserting_after(rounded):
+                padded = graph.call(pad.target, (rounded, *pad.args[1:]), pad)
+            for convolution in convolutions:
+                convolution.replace_input_with(rounded, padded)
+
+
+def pads_convolutions(node: fx.Node) -> bool:
+    """Whether a node adds zeros around what convolutions alone read, which then do it themselves."""
+    return _adds_zeros(node) and _feeds_convolutions(node)
+
+
+def _adds_zeros(node: fx.Node) -> bool:
+    constant = node.target is _ATEN.constant_pad_nd.default or (
+        node.target is _ATEN.pad.default and node.args[2:3] in ((), ("constant",))
+    )
+    return constant and _pads_with_zero(node)
+
+
+def _feeds_convolutions(node: fx.Node) -> bool:
+    return all(user.target in CONVOLUTIONS and user.args[0] is node for user in readers_of(node))
 
 
 def before_pools(graph: Graph) -> None:

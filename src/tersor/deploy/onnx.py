@@ -90,7 +90,13 @@ def write_program(
     require("onnx", "tersor[onnx]", *TO_WRITE)
     import onnx
 
-    from tersor.deploy.onnx_operators import join_dynamic, name_by_module, pack_small_types, translations
+    from tersor.deploy.onnx_operators import (
+        join_dynamic,
+        name_by_module,
+        pack_small_types,
+        pads_into_convolutions,
+        translations,
+    )
 
     with replacing_file(path) as temporary, _quiet_exporter(), _traced_errors(type(program).__name__):
         exported = torch.onnx.export(
@@ -104,6 +110,7 @@ def write_program(
         assert exported is not None
         pack_small_types(exported.model)
         join_dynamic(exported.model)
+        pads_into_convolutions(exported.model)
         exported.model.metadata_props.update(metadata or {})
         name_by_module(exported.model)
         exported.save(temporary, external_data=False)

@@ -157,6 +157,38 @@ def join_dynamic(model: ir.Model) -> None:
             model.graph.remove(node, safe=True)
 
 
+def pads_into_convolutions(model: ir.Model) -> None:
+    """Let convolutions add the zeros around their inputs: theirs may differ from side to side, which torch's may not.
+
+    Done by an operator of its own it takes as long as some convolutions do.
+    """
+    for node in list(model.graph):
+        pad = node.inputs[0].producer() if node.op_type == "Conv" and node.inputs[0] is not None else None
+        added = _added_zeros(pad) if pad is not None else None
+        if pad is None or added is None or "auto_pad" in node.attributes:
+            continue
+        own = node.attributes.get_ints("pads", [0] * len(added))
+        node.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(own, added, strict=True)])
+        node.replace_input_with(0, pad.inputs[0])
+        if not pad.outputs[0].uses() and not pad.outputs[0].is_graph_output():
+            model.graph.remove(pad, safe=True)
+
+
+def _added_zeros(pad: ir.Node) -> list[int] | None:
+    """How many zeros a node adds before and behind each dimension but the first two; None where it does more."""
+    if pad.op_type != "Pad" or pad.attributes.get_string("mode", "constant") != "constant":
+        return None
+    sizes, value, *axes = (ir.convenience.get_const_tensor(own) if own is not None else None for own in pad.inputs[1:])
+    if sizes is None or any(own is not None for own in pad.inputs[3:]) or any(axes):
+        return None
+    if value is None and len(pad.inputs) > 2 and pad.inputs[2] is not None:
+        return None  # computed while the model runs
+    counts, rank = sizes.numpy().tolist(), len(sizes.numpy()) // 2
+    if (value is not None and value.numpy().any()) or min(counts) < 0 or any(counts[:2] + counts[rank : rank + 2]):
+        return None
+    return counts[2:rank] + counts[rank + 2 :]
+
+
 def pack_small_types(model: ir.Model) -> None:
     """Store constants of four bits as such: two numbers a byte, and no cast while the model runs."""
     for node in list(model.graph):

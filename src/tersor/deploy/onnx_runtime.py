@@ -17,7 +17,7 @@ from tersor.config.dtypes import FloatDtype, QuantDtype
 from tersor.deploy.engine import UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import DEQUANTIZE, Graph, module_of
 from tersor.deploy.lowering import Fallback, Program
-from tersor.deploy.movement import dequantize_late, quantize_early
+from tersor.deploy.movement import dequantize_late, pad_behind_rounding, pads_convolutions, quantize_early
 from tersor.deploy.onnx import write_program
 from tersor.deploy.placement import (
     fixed_zero_points,
@@ -75,7 +75,8 @@ class OnnxRuntime(Engine):
         fixed_zero_points(graph)
         unsigned_activations(graph)
         join_twins(graph)
-        dequantize_late(graph)
+        pad_behind_rounding(graph)
+        dequantize_late(graph, stays=pads_convolutions)
         quantize_early(graph)
         join_twins(graph)
         integer_biases(graph)

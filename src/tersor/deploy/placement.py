@@ -10,7 +10,7 @@ from torch import fx
 
 from tersor.config.dtypes import FloatDtype, IntDtype, parse_dtype
 from tersor.deploy.graph import CHOOSE, DEQUANTIZE, QUANTIZE, Graph, parameters_of, same_grid
-from tersor.deploy.movement import are_signs, readers_of
+from tersor.deploy.movement import are_signs, pads_convolutions, readers_of
 from tersor.deploy.operators import spread, storage_type
 
 UINT8 = IntDtype(8, signed=False)
@@ -99,6 +99,8 @@ def integer_biases(graph: Graph) -> None:
     for node in graph.calls(_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default):
         x, weight, bias = (*node.args[:3], None)[:3]
         held = graph.constant(bias)
+        if isinstance(x, fx.Node) and pads_convolutions(x):
+            x = x.args[0]
         operands = [each for each in (x, weight) if isinstance(each, fx.Node) and each.target is DEQUANTIZE]
         if held is None or len(operands) < 2 or any(part for part in (*operands[0].args[4:], *operands[1].args[4:])):
             continue

@@ -10,10 +10,9 @@ from torch import fx
 
 from tersor.config.dtypes import IntDtype, parse_dtype
 from tersor.deploy.graph import DEQUANTIZE, QUANTIZE, Graph, module_of
-from tersor.deploy.movement import LIMITS, POOLS, are_signs, is_whole_tensor
+from tersor.deploy.movement import CONVOLUTIONS, LIMITS, POOLS, are_signs, is_whole_tensor
 
 _ATEN = torch.ops.aten
-CONVOLUTIONS = frozenset({_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.convolution.default})
 
 
 def bytes_in_sums(graph: Graph) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from tersor.compressor import Compressor
+from tersor.training.timeline import Event
 from tersor.wrapping import Stage, Transform
 
 
@@ -62,6 +63,10 @@ class Distiller(Compressor):
                 values[planned.name] = transform.value
                 transform.value = None
         return values
+
+    def events(self) -> Iterable[Event]:
+        """It adds to each loss."""
+        yield Event(f"adds what {len(self.plan.targets)} targets are apart from the teacher", 0, every=1)
 
     def result(self) -> nn.Module:
         """The wrapped model."""

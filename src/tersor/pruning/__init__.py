@@ -5,6 +5,7 @@ from tersor.pruning.activation import ActivationMeanRankPruner as ActivationMean
 from tersor.pruning.admm import ADMMPruner as ADMMPruner
 from tersor.pruning.agp import AGPPruner as AGPPruner
 from tersor.pruning.base import Pruner as Pruner
+from tersor.pruning.fixed import FixedPruner as FixedPruner
 from tersor.pruning.fpgm import FPGMPruner as FPGMPruner
 from tersor.pruning.group_norm import GroupNormPruner as GroupNormPruner
 from tersor.pruning.level import LevelPruner as LevelPruner

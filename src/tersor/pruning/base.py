@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -28,6 +28,7 @@ from tersor.targets.choices import choices
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
 from tersor.training.ranks import of_first_process
+from tersor.training.timeline import Event
 from tersor.wrapping.stack import as_bool, compact
 
 
@@ -94,6 +95,29 @@ class Pruner(Compressor):
         """Prune before the first step."""
         self.gather()
         self.prune()
+
+    def events(self) -> Iterable[Event]:
+        """It prunes at the start."""
+        yield Event(f"prunes, {', '.join(f'{asked:.3g}' for asked in self.asked())}")
+
+    def asked(self) -> list[float]:
+        """The ratios and thresholds that the config list asks for, each once."""
+        specs = [target.config.spec for target in self._scored()]
+        found = [spec.sparse_ratio if spec.sparse_ratio is not None else spec.sparse_threshold for spec in specs]  # pyright: ignore
+        return sorted({float(value) for value in found if value is not None})
+
+    def own_status(self) -> dict[str, float | Tensor]:
+        """The share of all elements of its targets that is masked."""
+        total = masked = 0.0
+        for target in self._scored():
+            mask = self.wrappers.mask(*target.place)
+            shape = self._shape(*target.place) if not is_activation(target.config.target_name) else None
+            if shape is None:
+                continue
+            total += shape.numel()
+            if mask.factors:
+                masked += shape.numel() * (1 - mask.product().float().mean().item())
+        return {"sparsity": masked / total} if total else {}
 
     def result(self) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
         """The wrapped model and its masks."""

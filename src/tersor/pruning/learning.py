@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from tersor.targets.activations import watch_activation
 from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
 from tersor.training.snapshot import Snapshot
+from tersor.training.timeline import Event
 
 
 class LearningPruner(Pruner):
@@ -73,6 +75,14 @@ class LearningPruner(Pruner):
         self._sums: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         super().__init__(model, config_list, evaluator, example_inputs=example_inputs, previous=previous)
+
+    def events(self) -> Iterable[Event]:
+        """It watches, and prunes."""
+        if self._trainer is not None:
+            yield Event(f"watches {self.watched_steps} steps of a training before this one, and prunes")
+            return
+        yield Event("watches", 0, self.watched_steps, 1)
+        yield from (replace(event, first=self.watched_steps) for event in super().events())
 
     @property
     def watched_steps(self) -> int:

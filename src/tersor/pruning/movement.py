@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 import torch
@@ -19,6 +19,7 @@ from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
 from tersor.training.learned import Learned, Learner, put_on
+from tersor.training.timeline import Event
 from tersor.wrapping import Mask
 
 
@@ -118,6 +119,12 @@ class MovementPruner(Pruner):
         if max_steps is not None:
             self._refuse_short(max_steps)
         return False
+
+    def events(self) -> Iterable[Event]:
+        """It learns scores, and prunes by them ever more."""
+        yield Event("learns scores", 0, self.cooldown_begin_step, 1)
+        asked = ", ".join(f"{ratio:.3g}" for ratio in self.asked())
+        yield Event(f"prunes, 0 -> {asked}", self.warmup_step + 1, self.cooldown_begin_step, 1)
 
     def on_loss(self, loss: Tensor, batch: Any) -> Tensor:
         """Add the penalty on the scores of targets with a threshold."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from tersor.pruning.rounds import Best, MakeSmall, Round, Rounds, Stepwise
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
+from tersor.training.timeline import Event
 
 
 class ScheduledPruner(Stepwise):
@@ -70,7 +71,7 @@ class ScheduledPruner(Stepwise):
         for name, value in (("interval_steps", interval_steps), ("total_times", total_times)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidValueError(f"{value!r} is no positive int.", where=name)
-        self._refuse(pruner, evaluator)
+        self._refuse(pruner, evaluator, in_rounds=interval_steps is None)
         if interval_steps is not None and isinstance(pruner, LearningPruner) and interval_steps < pruner.watched_steps:
             raise ConflictError(
                 f"{type(pruner).__name__} watches {pruner.watched_steps} steps before it prunes, and an interval has "
@@ -205,7 +206,7 @@ class ScheduledPruner(Stepwise):
             pruner.watch()
 
     @staticmethod
-    def _refuse(pruner: Pruner, evaluator: Evaluator | None) -> None:
+    def _refuse(pruner: Pruner, evaluator: Evaluator | None, *, in_rounds: bool) -> None:
         if not isinstance(pruner, Pruner):
             raise InvalidValueError(f"a {type(pruner).__name__} is no pruner.", where="pruner")
         if isinstance(pruner, ScheduledPruner) or pruner.needs_training:
@@ -216,8 +217,13 @@ class ScheduledPruner(Stepwise):
                 where="evaluator",
                 remedy="Leave it out here.",
             )
-        if any(isinstance(item, ScheduledPruner) for item in pruner._chain):
-            raise ConflictError("another schedule is fused with it", where="pruner", remedy="Keep one of them.")
+        others = [item for item in pruner._chain if isinstance(item, ScheduledPruner)]
+        if others and (in_rounds or any(other.interval_steps is None for other in others)):
+            raise ConflictError(
+                f"{others[0].title} is fused with it, and one of both prunes in rounds of its own",
+                where="pruner",
+                remedy="Give both interval_steps: they then prune within one training run.",
+            )
 
     # What the pruner is asked in the schedule's place.
 
@@ -244,6 +250,20 @@ class ScheduledPruner(Stepwise):
     def share(self) -> None:
         """Take over the pruner's plan and wrappers."""
         self.plan, self.wrappers = self.pruner.plan, self.pruner.wrappers
+
+    @property
+    def title(self) -> str:
+        """The schedule over its pruner."""
+        return f"{type(self).__name__}({self.pruner.title})"
+
+    def events(self) -> Iterable[Event]:
+        """Each of its prunings."""
+        for times in range(1, self.total_times + 1):
+            ratios = ", ".join(f"{asked:.3g} -> {self.ratio_at(asked, times):.3g}" for asked in self.pruner.asked())
+            if self.interval_steps is None:
+                yield Event(f"round {times}: prunes, {ratios}; then trains")
+            else:
+                yield Event(f"prunes, {ratios}", times * self.interval_steps)
 
     def own_masks(self) -> Masks:
         """The pruner's."""

@@ -60,6 +60,20 @@ class Quantizer(Compressor):
     def fake_quantize(self, target: PlannedTarget) -> FakeQuantize:
         """The simulation of one target under its spec."""
 
+    def types(self) -> str:
+        """The types of its targets, in words."""
+        return ", ".join(sorted({self.form(target).dtype.as_config() for target in self._quantized()}))
+
+    def own_status(self) -> dict[str, float | Tensor]:
+        """The mean number of bits of an element of its parameters."""
+        sizes = [
+            (self.latent(target).numel(), self.form(target).dtype.bits)
+            for target in self._quantized()
+            if not is_activation(target.config.target_name)
+        ]
+        total = sum(count for count, _ in sizes)
+        return {"bits": sum(count * bits for count, bits in sizes) / total} if total else {}
+
     def form(self, target: PlannedTarget) -> Format:
         """What a target is stored as."""
         return Format.of(spec_of(target), where=f"{target.config.where} on {target.name}", full=self.full_range)

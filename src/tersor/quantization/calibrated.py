@@ -27,6 +27,7 @@ from tersor.training.batches import to_device
 from tersor.training.evaluator import modes_kept
 from tersor.training.loops import device_of
 from tersor.training.stages import inputs_of
+from tersor.training.timeline import Event
 
 ObserverChoice: TypeAlias = str | Callable[[Format], RangeObserver]
 """The name of an observer, or what makes one for a format."""
@@ -85,6 +86,10 @@ class CalibratedQuantizer(Quantizer):
         choice = spec_of(target).observer or (self.weight_observer if at_hand else self.observer)
         form = self.form(target)
         return observer_of(choice, form, at_hand=at_hand) if isinstance(choice, str) else choice(form)
+
+    def events(self) -> Iterable[Event]:
+        """It calibrates when all else is over."""
+        yield Event(f"calibrates {len(self._quantized())} targets, {self.types()}", None)
 
     @abstractmethod
     def calibrate(self) -> None:

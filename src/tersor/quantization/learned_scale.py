@@ -92,6 +92,9 @@ class LearnedScaleQuantizer(TrainingQuantizer):
     def on_start(self) -> None:
         """Watch; round what does not wait."""
         super().on_start()
+        if self.keeps_scales:
+            self._learner.start()
+            return
         for _, own in self._learned():
             own.watching, own.enabled = True, False
             own.seen.zero_()

@@ -116,7 +116,9 @@ class QATQuantizer(TrainingQuantizer):
         """Watch; round what does not wait."""
         super().on_start()
         for _, transform in self._uniform():
-            transform.watching, transform.live, transform.enabled = True, True, False
+            if self.keeps_scales:
+                transform.recall()
+            transform.watching, transform.live, transform.enabled = True, True, self.keeps_scales
         self.look_at_parameters()
         self._enable()
         self._freeze()

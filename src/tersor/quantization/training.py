@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from tersor.errors import ConflictError
 from tersor.quantization.base import Quantizer, spec_of
 from tersor.targets.planned import PlannedTarget
 from tersor.training import Evaluator
+from tersor.training.timeline import Event
 
 
 class TrainingQuantizer(Quantizer):
@@ -35,9 +37,11 @@ class TrainingQuantizer(Quantizer):
 
     Attributes:
         steps: how many optimizer steps there have been.
+        keeps_scales: whether the next training begins with the scales that are there, and does not look for new ones.
     """
 
     needs_training = True
+    keeps_scales: bool = False
 
     def __init__(
         self,
@@ -58,6 +62,16 @@ class TrainingQuantizer(Quantizer):
         """Whether a target is rounded by now."""
         own = self.plan.entries[target.config.entry_index].quant_start_step
         return self.steps >= (self.quant_start_step if own is None else own)
+
+    def events(self) -> Iterable[Event]:
+        """It rounds from some step on."""
+        begins: dict[int, int] = {}
+        for target in self._quantized():
+            own = self.plan.entries[target.config.entry_index].quant_start_step
+            step = self.quant_start_step if own is None else own
+            begins[step] = begins.get(step, 0) + 1
+        for step, count in begins.items():
+            yield Event(f"rounds {count} targets, {self.types()}", step, every=1)
 
     @torch.no_grad()
     def look_at_parameters(self) -> None:

@@ -133,6 +133,11 @@ class UniformQuantize(FakeQuantize):
         self.put("scale", scale)
         self.put("zero_point", zero_point)
 
+    def recall(self) -> None:
+        """Let an observer that has seen nothing begin with the range that scale and zero point stand for."""
+        if self.unseen and isinstance(self.observer, Extremes):
+            self.observer.include(*((edge - self.zero_point) * self.scale for edge in (self.form.low, self.form.high)))
+
     def enable(self) -> None:
         """Round from now on; where nothing was seen yet, from the first value that is."""
         minimum, maximum = self.observer.range()

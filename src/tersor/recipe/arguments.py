@@ -26,7 +26,7 @@ def arguments_of(cls: type, others: Collection[str] = COMPRESSOR_PARTS) -> dict[
     >>> list(arguments_of(TaylorPruner))
     ['training_steps', 'restores']
     """
-    parameters = inspect.signature(cls).parameters
+    parameters = _parameters(cls)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {name: own for name, own in parameters.items() if own.kind in named and name not in others}
 
@@ -52,7 +52,7 @@ def check_arguments(
     tersor.errors.UnknownKeyError: arguments: 'training_step' is no argument of TaylorPruner. Legal: training_steps, ...
     """
     legal = arguments_of(cls, others)
-    open_ended = any(own.kind is own.VAR_KEYWORD for own in inspect.signature(cls).parameters.values())
+    open_ended = any(own.kind is own.VAR_KEYWORD for own in _parameters(cls).values())
     for name in arguments:
         if name not in legal and not (open_ended and name not in others):
             raise UnknownKeyError(
@@ -91,6 +91,20 @@ def placed(arguments: Collection[str], where: str) -> Iterator[None]:
         if error.where in arguments:
             error.where = f"{where}[{error.where!r}]"
         raise
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Those of a constructor, with those of the base that it hands ``**kwargs`` on to in their place."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base) or base is object:
+            continue
+        own = inspect.signature(base).parameters
+        found = {**{name: parameter for name, parameter in own.items() if name not in found}, **found}
+        rest = [name for name, parameter in found.items() if parameter.kind is parameter.VAR_KEYWORD]
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+            return {name: parameter for name, parameter in found.items() if name not in rest}
+    return found
 
 
 def _types(cls: type) -> dict[str, Any]:

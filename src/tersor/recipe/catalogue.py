@@ -75,6 +75,7 @@ def catalogue(home: ModuleType = tersor.pruning) -> Catalogue:
         found
         for found in vars(home).values()
         if isinstance(found, type) and issubclass(found, Pruner) and not inspect.isabstract(found)
+        if {"config_list", "pruner"} & set(inspect.signature(found).parameters)  # a recipe has no masks to give
     ]
     classes.sort(key=lambda cls: cls.__name__)
     return Catalogue(

@@ -153,7 +153,7 @@ QuantizationSetting = SettingRegistry(
     },
 )
 DistillationSetting = SettingRegistry(
-    "distillation", "DistillationSetting", {"lambda": 1.0, "link": "auto", "apply_method": "mse"}
+    "distillation", "DistillationSetting", {"lambda": 1.0, "link": "auto", "apply_method": None}
 )
 SETTINGS: Mapping[Mode, SettingRegistry] = {
     "pruning": PruningSetting,

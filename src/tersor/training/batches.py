@@ -19,6 +19,18 @@ class Batch(NamedTuple):
     targets: Any
 
 
+class Distilled(NamedTuple):
+    """A batch and what a teacher gave for it, from a cache.
+
+    Attributes:
+        batch: as the data loader has it.
+        teacher: values by ``module.target``, one row for each sample.
+    """
+
+    batch: Any
+    teacher: dict[str, Tensor]
+
+
 def take_apart(batch: Any) -> Batch:
     """Tell inputs from targets: the last item of a tuple or list is the target; a mapping is all arguments.
 
@@ -32,6 +44,8 @@ def take_apart(batch: Any) -> Batch:
     Raises:
         TrainingError: the batch is neither, or holds fewer than two items.
     """
+    if isinstance(batch, Distilled):
+        return take_apart(batch.batch)
     if isinstance(batch, Mapping):
         return Batch((), batch, batch)
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:

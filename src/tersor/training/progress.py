@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from time import monotonic
 from types import TracebackType
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-_SECONDS_BETWEEN_LOSSES = 0.2
+_SECONDS_BETWEEN_READINGS = 0.2
 
 
 class TrainingProgress:
@@ -30,7 +31,7 @@ class TrainingProgress:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[says]}"),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -38,8 +39,8 @@ class TrainingProgress:
             redirect_stdout=sys.stdout.isatty(),
             disable=not self._shown,
         )
-        self._task = self._bar.add_task("training", total=total, loss="-")
-        self._loss_read = -_SECONDS_BETWEEN_LOSSES
+        self._task = self._bar.add_task("training", total=total, says="")
+        self._read = -_SECONDS_BETWEEN_READINGS
 
     def __enter__(self) -> TrainingProgress:
         self._bar.start()
@@ -50,12 +51,31 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
-    def advance(self, loss: Tensor | None) -> None:
-        """One step more. `loss` is read only now and then: reading waits for the accelerator."""
+    def advance(self, loss: Tensor | None, status: Callable[[], Mapping[str, float | Tensor]] = dict) -> None:
+        """One step more.
+
+        Args:
+            loss: of the step, if there is one.
+            status: what else is shown, by a word for each. Both are read only now and then: reading waits for the
+                accelerator.
+        """
         if not self._shown:
             return
         now = monotonic()
-        if loss is not None and now - self._loss_read >= _SECONDS_BETWEEN_LOSSES:
-            self._loss_read = now
-            self._bar.update(self._task, loss=f"{loss.float().mean().item():.4g}")
+        if now - self._read >= _SECONDS_BETWEEN_READINGS:
+            self._read = now
+            self._bar.update(self._task, says=said({**({} if loss is None else {"loss": loss}), **status()}))
         self._bar.advance(self._task)
+
+
+def said(status: Mapping[str, float | Tensor]) -> str:
+    """A status in one line.
+
+    >>> import torch
+    >>> said({"loss": torch.tensor(0.51234), "sparsity": 0.5})
+    'loss 0.5123, sparsity 0.5'
+    """
+    return ", ".join(
+        f"{name} {value.float().mean().item() if isinstance(value, Tensor) else value:.4g}"
+        for name, value in status.items()
+    )

@@ -90,7 +90,7 @@ class CountedSteps:
     def _after_step(self, *_: Any) -> None:
         self.count += 1
         self._hooks.after_step()
-        self._progress.advance(self._loss)
+        self._progress.advance(self._loss, getattr(self._hooks, "status", dict))
 
 
 def _loss_of(result: Any, training_step: Callable[..., Any]) -> Tensor:

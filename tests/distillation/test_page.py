@@ -1,0 +1,40 @@
+"""The page on distillation: its examples run."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tersor import TorchEvaluator
+from tersor.wrapping import is_wrapped
+
+PAGE = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text(encoding="utf-8")
+CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer1, self.layer2 = nn.Linear(4, 6), nn.Linear(6, 6)
+        self.layer4, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.layer4(self.layer2(self.layer1(x).relu()).relu()).relu())
+
+
+def test_the_examples_run():
+    student, teacher = Net(), Net()
+    x, y = torch.randn(16, 4), torch.arange(16) % 3
+    optimizer = torch.optim.Adam(student.parameters(), 1e-2)
+    evaluator = TorchEvaluator.from_loader([(x, y)], nn.functional.cross_entropy, optimizer, progress=False)
+    scope = {"student": student, "teacher": teacher, "evaluator": evaluator, "torch": torch, "loader": [(x, y)]}
+    first, *_, last = CODE.findall(PAGE)
+    exec(first, scope)
+    assert not is_wrapped(student)
+    assert set(scope["distiller"].losses) == {"layer1._output_0", "layer2._output_0", "head._output_0"}
+    exec(last, scope)
+    own = scope["CosineDistiller"](student, [{"op_names": ["head"]}], evaluator, teacher)
+    own.compress(max_steps=2)
+    own.unwrap_model()
+    assert 0 < own.losses["head._output_0"].item() < 2
