@@ -187,6 +187,25 @@ def test_batches_are_the_plain_loaders_bit_for_bit(by, plain):
         assert torch.equal(one.teacher["sums"], rows(other)["sums"])
 
 
+def test_random_numbers_are_drawn_when_the_plain_loader_draws_them():
+    plain = DataLoader(Numbers(), 3, shuffle=True)
+
+    def drawn(loader):
+        torch.manual_seed(0)
+        batches = iter(loader)
+        between = torch.rand(1).item()
+        return between, [(batch.batch if loader is not plain else batch)[1].tolist() for batch in batches]
+
+    assert drawn(cached_loader(plain, Teacher(), variants=None)) == drawn(plain)
+
+
+def test_two_passes_at_once_have_each_their_variant():
+    batches = cached_loader(DataLoader(Numbers(1.0), 3), Teacher(), variants=2)
+    first, second = iter(batches), iter(batches)
+    together = list(zip(first, second, strict=True))
+    assert [check(both) for both in zip(*together, strict=True)] == [check(batches), check(batches)]
+
+
 def test_a_deterministic_data_set_needs_no_thought_of_variants():
     plain = DataLoader(Numbers(), 3, shuffle=True, generator=torch.Generator().manual_seed(5))
     expected = list(plain)

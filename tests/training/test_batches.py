@@ -48,6 +48,7 @@ def test_what_a_teacher_gave_is_looked_through():
     batch = Distilled([inputs, targets], {"logits": torch.ones(3, 5)})
     assert take_apart(batch) == ((inputs,), {}, targets)
     assert batch_size(batch) == 3
+    assert batch_size(Distilled("abc", batch.teacher)) == 1
     assert inputs_of(batch) == ((inputs,), {})
     assert inputs_of(Distilled(inputs, {})) == ((inputs,), {})
     assert inputs_of(Distilled({"x": inputs}, {})) == ((), {"x": inputs})
