@@ -148,14 +148,25 @@ def read_tensors(
     ...     read_tensors(write_tensors(f"{folder}/a", {"step": torch.tensor(3)}, {"by": "me"}))
     ({'step': tensor(3)}, {'by': 'me'})
     """
+    mapped, metadata = map_tensors(path)
+    # A copy, because what is mapped changes with the file, which others may write.
+    return {name: tensor.to(device, copy=True) for name, tensor in mapped.items()}, metadata
+
+
+def map_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As :func:`read_tensors`, but the tensors are maps of the file: only what is used of them is read from the disk.
+
+    The file must not be written to while they are in use; replaced or removed it may be.
+
+    Raises:
+        CheckpointError: the file is missing, is no safetensors file, or is cut short.
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError("there is no such file", where=str(path), remedy="Check the path.")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            # A copy, because the tensors that safetensors gives out are maps of a file that others may change.
-            tensors = {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"is damaged or no safetensors file ({error})",

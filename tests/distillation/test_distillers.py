@@ -7,6 +7,7 @@ import torch
 import torch._dynamo  # slow to import, which is no test's fault
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from tersor import TorchEvaluator
 from tersor.distillation import (
@@ -373,3 +374,23 @@ def test_a_run_that_was_killed_goes_on_with_the_same_projection(kind):
     second[0].load_state_dict(saved[1])
     steps(*second, 3)
     assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), second[0].parameters(), strict=True))
+
+
+def test_a_teacher_that_is_cached_runs_once_for_each_sample(tmp_path):
+    loader = DataLoader(TensorDataset(X, Y), batch_size=5)
+    weights = []
+    for cached in (False, True, True):
+        student, teacher = Net(seed=1), Net(seed=2)
+        rows = []
+        teacher.register_forward_hook(lambda module, args, output, rows=rows: rows.append(len(output)))
+        distiller = DynamicLayerwiseDistiller(student, [{"op_names": ["first"]}], None, teacher)
+        logits = LogitDistiller.from_compressor(distiller, None, teacher)
+        batches = logits.cached(loader, directory=tmp_path / "values") if cached else loader
+        optimizer = torch.optim.SGD(student.parameters(), 0.1)
+        logits.evaluator = TorchEvaluator.from_loader(batches, F.cross_entropy, optimizer, progress=False)
+        logits.compress(max_epochs=3)
+        weights.append([parameter.detach().clone() for parameter in student.parameters()])
+        teacher._forward_hooks.clear()
+        assert sum(rows) == (3 * 16 if not cached else 16 if len(weights) == 2 else 0)
+    for other in weights[1:]:
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights[0], other, strict=True))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from tersor import TorchEvaluator
 from tersor.wrapping import is_wrapped
@@ -23,13 +24,13 @@ class Net(nn.Module):
         return self.head(self.layer4(self.layer2(self.layer1(x).relu()).relu()).relu())
 
 
-def test_the_examples_run():
+def test_the_examples_run(tmp_path, monkeypatch):
     student, teacher = Net(), Net()
     x, y = torch.randn(16, 4), torch.arange(16) % 3
     optimizer = torch.optim.Adam(student.parameters(), 1e-2)
     evaluator = TorchEvaluator.from_loader([(x, y)], nn.functional.cross_entropy, optimizer, progress=False)
     scope = {"student": student, "teacher": teacher, "evaluator": evaluator, "torch": torch, "loader": [(x, y)]}
-    first, *_, last = CODE.findall(PAGE)
+    first, last, offline = CODE.findall(PAGE)
     exec(first, scope)
     assert not is_wrapped(student)
     assert set(scope["distiller"].losses) == {"layer1._output_0", "layer2._output_0", "head._output_0"}
@@ -37,4 +38,8 @@ def test_the_examples_run():
     own = scope["CosineDistiller"](student, [{"op_names": ["head"]}], evaluator, teacher)
     own.compress(max_steps=2)
     own.unwrap_model()
+    monkeypatch.chdir(tmp_path)
+    loader = DataLoader(TensorDataset(x, y), batch_size=6)
+    exec(offline, {"student": student, "teacher": teacher, "loader": loader, "optimizer": optimizer})
+    assert any(Path("teacher_values").iterdir())
     assert 0 < own.losses["head._output_0"].item() < 2

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tersor.errors import TrainingError
-from tersor.training.batches import batch_size, take_apart, to_device
+from tersor.training.batches import Distilled, batch_size, take_apart, to_device
+from tersor.training.stages import inputs_of
 
 Item = namedtuple("Item", ["inputs", "targets"])
 
@@ -40,3 +41,19 @@ def test_the_last_item_is_the_target():
     assert take_apart(Item("x", "y")).targets == "y"
     with pytest.raises(TrainingError, match="a batch is a str"):
         take_apart("xy")
+
+
+def test_what_a_teacher_gave_is_looked_through():
+    inputs, targets = torch.ones(3, 2), torch.zeros(3)
+    batch = Distilled([inputs, targets], {"logits": torch.ones(3, 5)})
+    assert take_apart(batch) == ((inputs,), {}, targets)
+    assert batch_size(batch) == 3
+    assert batch_size(Distilled("abc", batch.teacher)) == 1
+    assert inputs_of(batch) == ((inputs,), {})
+    assert inputs_of(Distilled(inputs, {})) == ((inputs,), {})
+    assert inputs_of(Distilled({"x": inputs}, {})) == ((), {"x": inputs})
+    with pytest.raises(TrainingError, match="a batch is a str"):
+        take_apart(Distilled("xy", {}))
+    moved = to_device(batch, torch.device("meta"))
+    assert type(moved) is Distilled
+    assert moved.batch[0].device.type == moved.teacher["logits"].device.type == "meta"

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from tersor.compressor import Compressor
 from tersor.config import DistillationSpec
@@ -16,6 +17,8 @@ from tersor.config.parse import ConfigList
 from tersor.config.values import number
 from tersor.distillation import losses
 from tersor.distillation.base import Distiller
+from tersor.distillation.content import content_of
+from tersor.distillation.offline import CachedLoader, cached_loader
 from tersor.distillation.teacher import Teacher, TeacherPredict, linked_place, qualified
 from tersor.errors import InvalidValueError, TrainingError
 from tersor.targets.resolve import TargetConfig
@@ -233,6 +236,18 @@ class LayerwiseDistiller(Distiller):
     def teacher_values(self, batch: Any) -> Mapping[str, Tensor]:
         """What the teacher shows on a batch, from the cache where the batch brings it along."""
         return batch.teacher if isinstance(batch, Distilled) else self.teacher.values(batch, self)
+
+    def cached(self, loader: DataLoader[Any], **options: Any) -> CachedLoader:
+        """The same data loader, with the teacher's values beside each batch, so that it runs once for each sample.
+
+        Args:
+            loader: what the student is trained on; give the evaluator what comes back.
+            **options: of :func:`tersor.distillation.cached_loader`; with a ``directory`` the teacher is named by its
+                weights, unless a ``fingerprint`` does.
+        """
+        if options.get("directory") is not None and options.get("fingerprint") is None:
+            options["fingerprint"] = content_of(self.teacher.model.state_dict())
+        return cached_loader(loader, self.teacher.compute, **options)
 
     def own_status(self) -> dict[str, float | Tensor]:
         """The sum of its losses of the last forward pass, not weighted."""

@@ -11,24 +11,24 @@ from torch import Tensor
 from tersor.errors import TrainingError
 
 
+class Distilled(NamedTuple):
+    """A batch and what a teacher gives for it; whoever looks for inputs, targets or samples looks into the batch.
+
+    Attributes:
+        batch: the loader's own batch, untouched.
+        teacher: the teacher's values by name, with one row for each sample, in the order of the batch.
+    """
+
+    batch: Any
+    teacher: dict[str, Tensor]
+
+
 class Batch(NamedTuple):
     """A batch taken apart: ``model(*args, **kwargs)`` is to be compared with ``targets``."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     targets: Any
-
-
-class Distilled(NamedTuple):
-    """A batch and what a teacher gave for it, from a cache.
-
-    Attributes:
-        batch: as the data loader has it.
-        teacher: values by ``module.target``, one row for each sample.
-    """
-
-    batch: Any
-    teacher: dict[str, Tensor]
 
 
 def take_apart(batch: Any) -> Batch:
@@ -40,12 +40,13 @@ def take_apart(batch: Any) -> Batch:
     Batch(args=('x', 'mask'), kwargs={}, targets='y')
     >>> take_apart({"input_ids": "x"})
     Batch(args=(), kwargs={'input_ids': 'x'}, targets={'input_ids': 'x'})
+    >>> take_apart(Distilled(("x", "y"), {}))
+    Batch(args=('x',), kwargs={}, targets='y')
 
     Raises:
         TrainingError: the batch is neither, or holds fewer than two items.
     """
-    if isinstance(batch, Distilled):
-        return take_apart(batch.batch)
+    batch = own_batch(batch)
     if isinstance(batch, Mapping):
         return Batch((), batch, batch)
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
@@ -83,7 +84,16 @@ def batch_size(batch: Any) -> int:
     >>> batch_size((torch.zeros(8, 3), torch.zeros(8)))
     8
     """
-    return next((tensor.shape[0] for tensor in _tensors(batch) if tensor.dim()), 1)
+    return next((tensor.shape[0] for tensor in _tensors(own_batch(batch)) if tensor.dim()), 1)
+
+
+def own_batch(batch: Any) -> Any:
+    """The loader's own batch, whether a teacher's values are with it or not.
+
+    >>> own_batch(Distilled(["x", "y"], {})), own_batch("x")
+    (['x', 'y'], 'x')
+    """
+    return batch.batch if isinstance(batch, Distilled) else batch
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from tersor.errors import InvalidValueError, TrainingError, UnmatchedError, nearest
 from tersor.graph.inputs import copied
-from tersor.training.batches import take_apart, to_device
+from tersor.training.batches import own_batch, take_apart, to_device
 from tersor.training.chains import Caught, Chain, Stop, hooked, quiet, versions_of
 from tersor.training.loops import device_of
 from tersor.training.trail import Births, Trail, candidates
@@ -141,6 +141,7 @@ def inputs_of(batch: Any) -> Inputs:
     Raises:
         TrainingError: it is of another kind, or holds a key-value cache, which would grow with each run.
     """
+    batch = own_batch(batch)
     if isinstance(batch, Tensor):
         return Inputs((batch,), {})
     if isinstance(batch, (tuple, list)) and len(batch) == 1:
