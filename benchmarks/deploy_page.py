@@ -9,6 +9,7 @@ import statistics
 from typing import Any
 
 from benchmarks.deploy_verdicts import (
+    BF16,
     CORRELATIONS,
     EAGER,
     EXACT,
@@ -98,12 +99,13 @@ def ratios(document: Document) -> str:
     """Ours by the fastest peer, for each network and engine."""
     heads = [f"{threads} thread{'s'[: threads - 1]}, batch {batch}" for threads, batch in SETTINGS]
     lines = [f"| | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
-    for network, engine, name, _ in ours(document):
+    for network, engine, name, _ in ours(document, opened_again=True):
         cells: list[str] = []
         for setting in SETTINGS:
             peer, ratio = fastest_peer(document, network, name, setting)
             cells.append(f"{ratio[0]:.3f} ({ratio[1]:.3f} to {ratio[2]:.3f}) of {peer}" if ratio else "")
-        lines.append(f"| {title(document, network, engine)} | {' | '.join(cells)} |")
+        precision = BF16 if name.endswith(BF16) else ""
+        lines.append(f"| {title(document, network, engine)}{precision} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

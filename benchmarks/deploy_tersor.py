@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.deploy_networks import Call, Inputs, Network, by_sixteen
 from benchmarks.deploy_rows import Row, Task
-from tersor.deploy import CompiledModel, QuantizationSpeedup, engines, post_training
+from tersor.deploy import CompiledModel, QuantizationSpeedup, engines, post_training, read_deployment
 from tersor.deploy.agreement import agreement
 from tersor.quantization import PtqQuantizer
 
@@ -84,6 +84,19 @@ def opened(folder: Path, batch: int, threads: int) -> Call:
     return call
 
 
+def opened_bf16(folder: Path, batch: int, threads: int) -> Call:
+    """The same file, with what is not quantized in bf16."""
+    saved = read_deployment(folder / str(batch))
+    compiled = CompiledModel(
+        saved.engine, saved.directory, saved.signature, saved.report, threads=threads, options={"precision": "bf16"}
+    )
+
+    def call(*inputs: Tensor) -> Tensor:
+        return compiled(*inputs)
+
+    return call
+
+
 def profile(folder: Path, batch: int, inputs: Inputs) -> dict[str, Any]:
     """From the engine's own profile, as the artefact tells it."""
     operators = CompiledModel.load(folder / str(batch), threads=1).session.profile(list(inputs))
@@ -113,6 +126,16 @@ def _rows() -> dict[str, Row]:
             fits=lambda network: network.channels,
             profile=profile,
             half=True,
+        )
+    if "Tersor, OpenVINO" in rows:
+        rows["Tersor, OpenVINO, bf16"] = Row(
+            "openvino",
+            "tersor",
+            "the same file; the rest in bf16",
+            tersor_build("openvino"),
+            opened_bf16,
+            fits=lambda network: network.attends,
+            base="Tersor, OpenVINO",
         )
     return rows
 

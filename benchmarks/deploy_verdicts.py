@@ -18,6 +18,8 @@ SETTINGS = ((1, 1), (1, 16), (2, 1), (2, 16))
 SLOWER, FILE, SNR, MARGIN = 1.03, 0.29, 40.0, 6.0
 """What was asked: ratio to the fastest peer, ratio to the file in fp32, dB against the simulation or to its floor."""
 HALF = ", half the channels"
+BF16 = ", bf16"
+"""How rows are called that leave in bf16, and not in fp32, what is not quantized."""
 FASTER, EAGER_FASTER, HALF_FILE = 2.0, 12.0, 1 / 12
 """What was asked of half the channels: times faster than all of them in int8, than eager fp32; file to that in fp32."""
 USABLE = 10.0
@@ -89,10 +91,14 @@ def rows_of(document: Document, network: str) -> dict[str, Document]:
     return {row["row"]: row for row in document["rows"] if row["network"] == network and "error" not in row}
 
 
-def ours(document: Document, *, half: bool = False) -> Iterator[tuple[str, str, str, Document]]:
-    """Network, engine, row, and what was built, for Tersor's rows."""
+def ours(
+    document: Document, *, half: bool = False, opened_again: bool = False
+) -> Iterator[tuple[str, str, str, Document]]:
+    """Network, engine, row, and what was built, for Tersor's rows; with those that open another's file, if asked."""
     for network in document["networks"]:
         for name, row in rows_of(document, network).items():
+            if name.endswith(BF16) and not opened_again:
+                continue
             if document["says"][name]["kind"] == "tersor" and name.endswith(HALF) == half:
                 yield network, document["says"][name]["engine"], name, row
 
@@ -106,7 +112,10 @@ def times_of(document: Document, network: str, threads: int, batch: int) -> dict
 
 
 def fastest_peer(document: Document, network: str, name: str, setting: tuple[int, int]) -> tuple[str, list[float]]:
-    """The peer on the same engine that a row has the largest ratio to, and that ratio; empty where there is none."""
+    """The peer on the same engine that a row has the largest ratio to, and that ratio; empty where there is none.
+
+    What is in bf16 is compared with everything, what is in fp32 with what is in fp32.
+    """
     says = document["says"]
     ratios = times_of(document, network, *setting).get(name, {}).get("ratios", {})
     built = rows_of(document, network)
@@ -115,6 +124,7 @@ def fastest_peer(document: Document, network: str, name: str, setting: tuple[int
         for other, ratio in ratios.items()
         if says[other]["kind"] == "peer"
         and says[other]["engine"] == says[name]["engine"]
+        and (name.endswith(BF16) or not other.endswith(BF16))
         and built.get(other, {}).get("snr", USABLE) >= USABLE
     }
     return max(peers.items(), key=lambda item: item[1][0], default=("", []))
@@ -158,7 +168,7 @@ def title(document: Document, network: str, engine: str, setting: tuple[int, int
 def latency(document: Document, engine: str) -> list[Case]:
     """Ratios to the fastest peer on an engine."""
     cases: list[Case] = []
-    for network, own, name, _ in ours(document):
+    for network, own, name, _ in ours(document, opened_again=True):
         for setting in SETTINGS if own == engine else ():
             peer, ratio = fastest_peer(document, network, name, setting)
             if ratio:
