@@ -25,6 +25,7 @@ examples: .venv/examples.stamp
 	$(BIN)/python examples/02_schedule.py --images 5000
 	$(BIN)/python examples/03_quantize.py --images 5000
 	$(BIN)/python examples/04_deploy.py --images 5000
+	$(BIN)/python examples/05_fuse.py --images 5000
 
 test: .venv/dev.stamp
 	$(BIN)/ruff check .
