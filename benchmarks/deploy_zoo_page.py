@@ -26,8 +26,9 @@ Architectures of the zoo (see [zoo.md](zoo.md); random weights), each *dense* an
 *fp32*: the exported model runs there and its outputs are eager's, at another batch size where that is free, to 1e-4 of
 the largest. *int8*: weights, inputs and outputs of all convolutions and linear layers quantized after training, two
 random batches for calibration; the artefact's outputs agree with the simulation's by 40 dB, or by what the simulation
-has against itself less 6 dB and then each layer does by 40 dB from the same inputs. Of a pruned row the calibration is that of the masked model, cut along; before it is
-exported, the small model's simulation was found to be the masked one's to 1e-4.
+has against itself less 6 dB and then each layer does by 40 dB from the same inputs. Of a pruned row the calibration is
+that of the masked model, cut along; before it is exported, the small model's simulation was found to be the masked
+one's to 1e-4.
 *SNR*: artefact against simulation in dB. *in int8*: operators of convolution and product that run in integers by the
 engine's own profile, of those whose operands are all quantized. Placement here is the quantizer's default, not the
 engine's preferred one (`engine_config`).

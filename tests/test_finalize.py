@@ -197,3 +197,14 @@ def test_what_cannot_be_finalized():
     quantizer.unwrap_model()
     with pytest.raises(InvalidValueError, match="unwrapped"):
         finalize(quantizer, X)
+
+
+def test_masks_of_outputs_stay():
+    model = Net()
+    config = [{"op_names": ["conv2"], "target_names": ["_output_"], "sparse_ratio": 0.5}]
+    pruner = L1NormPruner(model, config, example_inputs=X)
+    quantizer = PtqQuantizer.from_compressor(pruner, INT8, calibration=[(X, Y)])
+    quantizer.compress()
+    final = finalize(quantizer, X)
+    with torch.no_grad():
+        assert relative_error([final.model.eval()(X)], [model.eval()(X)]) < 2e-2

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch._dynamo  # slow to import, which is no test's fault
 
+import tersor
 from tersor import TorchEvaluator
 from tersor.testing.toys import BATCHES, ToyNetwork
 
 pytest.importorskip("onnxruntime")
-PAGE = (Path(__file__).parents[1] / "docs" / "fusion.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGE, README = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/fusion.md", "README.md"))
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -41,3 +43,19 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     assert sum(own.numel() for own in scope["final"].plain().parameters()) < sum(
         p.numel() for p in teacher.parameters()
     )
+
+
+def test_the_example_of_the_readme_runs(capsys):
+    model = ToyNetwork()
+    scope = {
+        "tersor": tersor,
+        "model": model,
+        "teacher": ToyNetwork(seed=1),
+        "evaluator": evaluator_of(model),
+        "config_list": [{"op_names": ["left"], "sparse_ratio": 0.5}],
+    }
+    exec(next(code for code in CODE.findall(README) if "tersor.compress" in code).replace("500", "200"), scope)
+    final = scope["final"]
+    assert "after step 200" in capsys.readouterr().out
+    assert final.model.left.out_channels == 3
+    assert final.error < 1e-4

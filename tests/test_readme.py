@@ -13,7 +13,7 @@ from tersor.quantization import Quantizer
 from tersor.storage import load_calibration
 
 README = Path(__file__).parents[1] / "README.md"
-PRUNING, QUANTIZATION, FUSION, _ = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+PRUNING, QUANTIZATION, *_ = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 class Block(nn.Module):
@@ -68,30 +68,6 @@ def test_example_of_quantization_runs(tmp_path, monkeypatch):
     assert 0 < (scope["model"](x) - before).abs().max() < 0.05
     scope["quantizer"].unwrap_model()
     torch.testing.assert_close(model(x), before)
-
-
-def test_example_of_fusion_runs(capsys):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, x = Network(), torch.randn(4, 3, 64, 64)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    evaluator = tersor.TorchEvaluator.from_loader(
-        [(x, torch.arange(4) % 2)], nn.functional.cross_entropy, optimizer, progress=False
-    )
-    scope = {
-        "tersor": tersor,
-        "model": model,
-        "teacher": Network(),
-        "evaluator": evaluator,
-        "config_list": [{"op_names": ["layer4.0.conv1"], "sparse_ratio": 0.5}],
-    }
-    exec(FUSION.replace("500", "200"), scope)
-    final = scope["final"]
-    assert "after step 200" in capsys.readouterr().out
-    assert final.model.layer4[0].conv1.out_channels == 10
-    assert final.error < 1e-4
-    for compressor in (scope["compressor"], final.compressor):
-        compressor.unwrap_model()
 
 
 def test_every_quantizer_is_named():

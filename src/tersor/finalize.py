@@ -155,7 +155,8 @@ def finalize(
     masks = {module: dict(targets) for module, targets in small.masks.items()}
     for module, targets in small.activation_masks.items():
         for target, mask in targets.items():
-            masks.setdefault(module, {})[target] = mask.product()
+            if mask.factors:
+                masks.setdefault(module, {})[target] = mask.product()
     if masks:
         last = FixedPruner(model, masks, previous=last)
     error = _error(simulated(small), model, example_inputs)
