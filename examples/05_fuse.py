@@ -8,22 +8,24 @@ It takes about a minute on one core; ``--images 5000`` is a quick look. Run it w
 """
 
 import argparse
-import copy
 
 import torch
+from rich.console import Console
 from torch.nn import functional as F
 
 import tersor
 from mnist import BATCH_SIZE, Batches, accuracy, load_data, trained_model
+from tersor.deploy import engine_config
 
 arguments = argparse.ArgumentParser(description=__doc__)
 arguments.add_argument("--images", type=int, default=60_000, help="train on so many")
 images = arguments.parse_args().images
+console = Console()
 
 data = load_data()
 data.train = Batches(data.train.images[:images], data.train.labels[:images], BATCH_SIZE, shuffled=True)
 teacher = trained_model()
-model = copy.deepcopy(teacher)
+model, layers = engine_config(teacher, data.example_input, "onnxruntime")  # a copy, and what this engine wants rounded
 steps = len(data.train)
 optimizer = torch.optim.AdamW(model.parameters(), 0.01)
 evaluator = tersor.TorchEvaluator.from_loader(
@@ -38,22 +40,21 @@ evaluator = tersor.TorchEvaluator.from_loader(
 channels = tersor.auto_set_dependency_group_ids(
     model, [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}], data.example_input
 )
-layers = {"op_types": ["Conv2d", "Linear"], "target_names": ["weight", "_input_0"], "quant_dtype": "int8"}
 compressor = tersor.compress(
     model,
     {
         "pruning": {"config_list": channels, "schedule": {"interval_steps": steps // 20, "total_times": 10}},
-        "quantization": {"config_list": [layers], "arguments": {"quant_start_step": steps // 2}},
+        "quantization": {"config_list": layers, "arguments": {"quant_start_step": steps // 2}},
         "distillation": {"distiller": "LogitDistiller"},
     },
     evaluator,
     max_steps=steps,
     teacher_model=teacher,
 )
-print(compressor.timeline())
+console.print(compressor.timeline())
 
 final = tersor.finalize(compressor)
-compiled = final.deploy("onnxruntime", min_coverage=0)
-print(tersor.compare(teacher, final.plain(), data.example_input))
-print(f"{accuracy(teacher, data):.2%} before, {accuracy(final.model.eval(), data):.2%} small and simulated,")
-print(f"{accuracy(compiled, data):.2%} in int8 on {compiled.report.engine}: {compiled.report.bytes:,} bytes")
+compiled = final.deploy("onnxruntime")
+console.print(tersor.compare(teacher, final.plain(), data.example_input))
+console.print(f"{accuracy(teacher, data):.2%} before, {accuracy(final.model.eval(), data):.2%} small and simulated,")
+console.print(f"{accuracy(compiled, data):.2%} in int8 on {compiled.report.engine}: {compiled.report.bytes:,} bytes")

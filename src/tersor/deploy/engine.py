@@ -47,6 +47,7 @@ class Wishes:
     Attributes:
         non_negative: settings of an input or output that has no negative value.
         signed: of any other.
+        products: of what a linear layer reads, where that has negative values; None for ``signed``.
         convolution_outputs: whether a convolution's output is wanted as well, and a sum's.
         sums: whether the operands of residual sums are.
         fused_sums: whether a sum is done by the convolution that makes one of its operands, so that only the other
@@ -61,6 +62,7 @@ class Wishes:
     sums: bool = True
     fused_sums: bool = False
     added: Mapping[str, Any] | None = None
+    products: Mapping[str, Any] | None = None
 
 
 UINT8: Mapping[str, Any] = {"quant_dtype": "uint8", "quant_scheme": "affine"}

@@ -23,7 +23,7 @@ RANGED = (nn.ReLU, nn.ReLU6)
 MOVING = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Flatten, nn.Identity, nn.Dropout)
 """What gives values that it was given."""
 
-Form = Literal["non_negative", "signed", "added"]
+Form = Literal["non_negative", "signed", "added", "products"]
 
 
 def engine_config(
@@ -108,7 +108,9 @@ class _Config:
             if isinstance(module, (_ConvNd, nn.Linear)):
                 if name not in heads:
                     heads.append(name)
-                self._add(name, "_input_0", node.all_input_nodes[0])
+                read = node.all_input_nodes[0]
+                product = isinstance(module, nn.Linear) and self.wishes.products and not self._is_non_negative(read)
+                self._add(name, "_input_0", read, "products" if product else None)
                 if isinstance(module, _ConvNd) and self.wishes.convolution_outputs:
                     self._add_output(node)
             elif isinstance(module, nn.Embedding) and name not in embeddings:

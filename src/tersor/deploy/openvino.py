@@ -54,7 +54,10 @@ class OpenVino(Engine):
     extra: ClassVar[str] = "openvino"
     file: ClassVar[str] = "model.xml"
     wishes: ClassVar[Wishes] = Wishes(
-        non_negative=UINT8, signed={**INT8, "quant_range": "full"}, added={**INT8, "quant_dtype": "int16"}
+        non_negative=UINT8,
+        signed={**INT8, "quant_range": "full"},
+        added={**INT8, "quant_dtype": "int16"},
+        products=UINT8,
     )
 
     def lacks(self, dtype: QuantDtype, *, is_activation: bool) -> str:

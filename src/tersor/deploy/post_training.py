@@ -11,10 +11,17 @@ from tersor.deploy.engine_targets import engine_config
 from tersor.quantization import PtqQuantizer
 
 
+NORMS = (nn.LayerNorm, nn.RMSNorm)
+"""Behind them some channels are a hundred times larger than the others, in every sample: clipping them is no noise."""
+
+
 def post_training(
     model: nn.Module, example_inputs: Any, calibration: Iterable[Any], engine: str = "auto"
 ) -> PtqQuantizer:
     """Quantize a copy of a model as an engine wants it: :func:`engine_config`, then :class:`PtqQuantizer`.
+
+    Ranges of inputs and outputs are those of least squared error, but in networks with layer norms (transformers) the
+    whole ranges.
 
     Args:
         model: trained; it is left as it was.
@@ -31,6 +38,9 @@ def post_training(
         MissingExtraError: the engine is not installed.
     """
     network, config_list = engine_config(model, example_inputs, engine)
-    quantizer = PtqQuantizer(network, config_list, calibration=calibration, example_inputs=example_inputs)
+    observer = "minmax" if any(isinstance(module, NORMS) for module in network.modules()) else "mse"
+    quantizer = PtqQuantizer(
+        network, config_list, calibration=calibration, example_inputs=example_inputs, observer=observer
+    )
     quantizer.compress()
     return quantizer
