@@ -29,18 +29,8 @@ from tersor.training.loops import LoaderLoop, SchedulerInterval, finite, listed
 from tersor.training.progress import TrainingProgress
 from tersor.training.steps import CountedSteps, bare_optimizer
 
-_WHOLE = (
-    "NO",
-    "MULTI_CPU",
-    "MULTI_GPU",
-    "MULTI_NPU",
-    "MULTI_MLU",
-    "MULTI_SDAA",
-    "MULTI_MUSA",
-    "MULTI_XPU",
-    "MULTI_HPU",
-)
-"""The kinds of distributed training in which each process has all parameters, by Accelerate's names."""
+_SHARDING = ("DEEPSPEED", "FSDP", "TP", "MEGATRON_LM", "XLA")
+"""The kinds of training in which parameters are cut, flattened or copied, by Accelerate's names."""
 
 
 class Prepared(NamedTuple):
@@ -224,7 +214,7 @@ class AccelerateEvaluator(FunctionEvaluator):
             raise TrainingError(
                 f"{kind.name} shards parameters or trains copies of them, and masks and scales need them whole.",
                 where="accelerator",
-                remedy="Train in one process or in several with whole models; for ZeRO up to stage 2 use DeepspeedTorchEvaluator.",
+                remedy="Let each process have the whole model; for ZeRO up to stage 2 use DeepspeedTorchEvaluator.",
             )
 
 

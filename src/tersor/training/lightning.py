@@ -21,6 +21,7 @@ from tersor.training.evaluator import (
     check_limits,
     modes_kept,
 )
+from tersor.training.function_evaluator import check_ownership
 from tersor.training.functions import described, number_of
 from tersor.training.loops import device_of
 from tersor.training.steps import CountedSteps
@@ -70,12 +71,7 @@ class _Following(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """See the steps of the optimizer."""
-        if not trainer.optimizers:
-            raise TrainingError(
-                "it gives no optimizer, so the model would not change.",
-                where=f"{type(pl_module).__name__}.configure_optimizers",
-                remedy="Return one.",
-            )
+        check_ownership(pl_module, trainer.optimizers)  # without any, Lightning takes one of no parameters
         self._steps.follow(trainer.optimizers[0])
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
