@@ -1,11 +1,15 @@
 """Accelerate: the evaluator agrees with the loop written by hand."""
 
+import os
+
 import pytest
 import torch
 from torch.nn.functional import mse_loss
 from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader, TensorDataset
 
 from tersor.errors import ConflictError, InvalidValueError, TrainingError
+from tersor.testing.processes import in_two_processes, why_not_two
 from tests.training.hand_written import (
     LIMITS,
     Hooks,
@@ -225,3 +229,39 @@ def test_what_is_refused():
     ready.state.distributed_type = DistributedType.FSDP
     with pytest.raises(TrainingError, match="accelerator: FSDP shards parameters"):
         evaluator.train(model, max_steps=1)
+
+
+@pytest.mark.skipif(why_not_two() is not None, reason=str(why_not_two()))
+def test_two_processes_train_as_one_does_on_both_halves():
+    def work(rank):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "ACCELERATE_USE_CPU": True}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}  # asked for, and not used: the group is there already
+        os.environ.update({name: str(value) for name, value in place.items()})
+        ready = accelerator()
+        model, optimizer = make()
+        scheduler = StepLR(optimizer, step_size=4, gamma=0.5)
+        batches = DataLoader(TensorDataset(X[:8], Y[:8]), batch_size=2)
+        hooks = Hooks(model)
+        evaluator = AccelerateEvaluator.from_loader(
+            ready, batches, mse_loss, optimizer, scheduler, scheduler_interval="step"
+        )
+        result = evaluator.train(model, hooks, max_epochs=2)
+        assert ready.num_processes == 2
+        told = torch.tensor([result.steps, result.epochs, optimizer.param_groups[0]["lr"]])
+        return {**model.state_dict(), "told": told}
+
+    model, optimizer = make()
+    for number in range(4):
+        part = slice(4 * (number % 2), 4 * (number % 2) + 4)
+        optimizer.zero_grad()
+        (2 * mse_loss(model(X[part]), Y[part])).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.clamp_(-0.5, 0.5)
+        if number % 2:
+            optimizer.param_groups[0]["lr"] *= 0.5
+    for result in in_two_processes(work):
+        assert result.pop("told").tolist() == pytest.approx([4, 2, 0.025])
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(result[name], value, rtol=1e-5, atol=1e-6)

@@ -38,7 +38,7 @@ class DeepspeedTorchEvaluator(FunctionEvaluator):
     the config leaves it out. What they change in parameters goes into the engine's master weights.
 
     ZeRO stage 3 is refused, since it leaves no process with whole parameters, which masks, scales and their statistics
-    are about; so are fp16, whose gradients are scaled, and parameters that are offloaded.
+    are about. So are fp16, whose gradients are scaled, bf16 without ZeRO, and parameters that are offloaded.
 
     Args:
         training_func: ``training_func(engine, optimizer, training_step, lr_scheduler, max_steps, max_epochs)`` trains.
@@ -96,7 +96,7 @@ class DeepspeedTorchEvaluator(FunctionEvaluator):
         Raises:
             InvalidValueError: a limit is not a positive int.
             TrainingError: there is no process group to train in, the optimizer holds no parameter of this model, a
-                training step returned no loss, or the function stepped the optimizer and not the engine.
+                training step returned no loss, or the engine's optimizer is of a kind that hides its master weights.
         """
         check_limits(max_steps, max_epochs)
         _check_processes()
@@ -106,6 +106,7 @@ class DeepspeedTorchEvaluator(FunctionEvaluator):
         with modes_kept(model), left_whole(model, self._optimizers) as kept:
             engine, optimizer, scheduler = self._engine(model)
             kept.engine = engine
+            _check_engine(engine)
             kept.give_state()
             with CountedSteps(None, NoHooks() if hooks is None else hooks, max_steps) as steps:
                 _accompany(engine, steps, seen=hooks is not None)
@@ -140,6 +141,23 @@ class DeepspeedTorchEvaluator(FunctionEvaluator):
         for name, thing in (("optimizer", self._optimizers), ("lr_scheduler", self._lr_schedulers)):
             if name in state:
                 thing.load_state_dict(state[name])
+
+
+def _check_engine(engine: Any) -> None:
+    """Refuse an engine whose master weights and gradients cannot be reached."""
+    plain = isinstance(engine.optimizer, Optimizer)
+    if not plain and not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
+        raise TrainingError(
+            f"under this config it trains by a {type(engine.optimizer).__name__}, whose master weights cannot be seen.",
+            where="deepspeed",
+            remedy="Train in float32, or in bf16 with ZeRO stage 1 or 2 and without grad_accum_dtype.",
+        )
+    if getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
+        raise TrainingError(
+            "its autocast to float16 scales the loss, and compressors would see scaled gradients.",
+            where="deepspeed['torch_autocast']",
+            remedy="Let its dtype be bfloat16.",
+        )
 
 
 def _accompany(engine: Any, steps: CountedSteps, *, seen: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,7 +56,7 @@ class WholeAgain:
                 mapping = parameter._hp_mapping  # None where another process has this parameter
                 for key, value in self._states.get(parameter, {}).items():
                     if not isinstance(value, Tensor) or value.dim() == 0:
-                        state[key] = value.clone() if isinstance(value, Tensor) else value
+                        state[key] = copy.deepcopy(value)
                     elif mapping is not None:
                         here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
                         part = state.setdefault(key, torch.zeros_like(master)).narrow(0, here.start, here.numel)
@@ -64,8 +65,10 @@ class WholeAgain:
     @torch.no_grad()
     def take_back(self) -> None:
         """Destroy the engine; model and optimizer are whole again, with what they have learnt."""
-        values = [self._master(tensor) for tensor in self._tensors]
-        states = self._learnt_states()
+        zero = getattr(self.engine, "optimizer", None)
+        flat = hasattr(zero, "single_partition_of_fp32_groups")
+        values = [self._master(tensor) if flat else tensor.detach() for tensor in self._tensors]
+        states = self._learnt_states(zero) if flat else {} if self._optimizer is None else dict(self._optimizer.state)
         if self.engine is not None:
             self.engine.destroy()
         for tensor, kind, own, value in zip(self._tensors, self._kinds, self._own, values, strict=True):
@@ -84,35 +87,29 @@ class WholeAgain:
             self._optimizer.state.update(states)
 
     def _master(self, tensor: Tensor) -> Tensor:
-        """The float32 value of a parameter, where the engine has one; else its own."""
-        if self.engine is None or not hasattr(tensor, "_hp_mapping"):
-            return tensor.detach()
+        """The float32 value of a parameter that the engine trains; else its own."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        whole = safe_get_full_fp32_param(tensor)
+        whole = safe_get_full_fp32_param(tensor) if hasattr(tensor, "_hp_mapping") else None
         return tensor.detach() if whole is None else whole
 
-    def _learnt_states(self) -> dict[Tensor, dict[str, Any]]:
+    def _learnt_states(self, zero: Any) -> dict[Tensor, dict[str, Any]]:
         """The state of the optimizer by parameter, as it is now."""
-        if self._optimizer is None:
-            return {}
-        current = dict(self._optimizer.state)
-        if self.engine is None or not hasattr(self.engine.optimizer, "single_partition_of_fp32_groups"):
-            return current
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        zero = self.engine.optimizer
         states: dict[Tensor, dict[str, Any]] = {}
+        if self._optimizer is None:
+            return states
         for master, parameters in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
-            flat = current.get(master, {})
-            for parameter in parameters:
+            flat = self._optimizer.state.get(master, {})
+            for parameter in parameters if flat else ():
                 states[parameter] = {
                     key: safe_get_full_optimizer_state(parameter, key)
                     if isinstance(value, Tensor) and value.shape == master.shape
-                    else (value.clone() if isinstance(value, Tensor) else value)
+                    else copy.deepcopy(value)
                     for key, value in flat.items()
                 }
-        return {parameter: state for parameter, state in states.items() if state}
+        return states
 
 
 @contextmanager
