@@ -27,7 +27,7 @@ from tests.training.hand_written import (
 if find_spec("torchvision"):
     import_torchvision()  # the trainer wants it where it is installed
 pytest.importorskip("transformers", reason="transformers is not installed")
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from tersor.training.transformers import CompressionCallback, TransformersEvaluator
 
@@ -264,21 +264,27 @@ def test_a_callback_alone_serves_those_who_leave_the_loss_as_it_is(tmp_path):
     adding.unwrap_model()
 
 
-def test_the_callback_is_gone_after_an_error(tmp_path):
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("moment", ["on_loss", "on_gradients", "on_step", "forward"])
+def test_the_callback_is_gone_after_an_error(tmp_path, moment, given):
     ready = trainer(tmp_path, max_steps=2)
-    pruner = ADMMPruner(ready.model, CONFIG, training_steps=2)
-    callback = CompressionCallback(pruner, ready)
+    pruner = LevelPruner(ready.model, CONFIG)
+    callback = CompressionCallback(pruner, ready if given else None)
     ready.add_callback(callback)
     optimizer = ready.optimizer
 
-    class Failing(TrainerCallback):
-        def on_substep_end(self, *args, **kwargs):
-            raise KeyError
+    def fail(*_, **__):
+        raise ZeroDivisionError
 
-    pruner.on_loss = lambda loss, batch: 1 / 0
+    if moment == "on_loss" and not given:
+        return
+    setattr(ready.model if moment == "forward" else pruner, moment, fail)
     with pytest.raises(ZeroDivisionError):
         ready.train()
+    if moment == "forward" and not given:
+        callback.leave()
     assert "compute_loss" not in vars(ready)
+    assert "training_step" not in vars(ready)
     assert_no_hook(optimizer)
     pruner.unwrap_model()
 

@@ -69,8 +69,9 @@ class CompressionCallback(_Following):
     the end. A callback does not see the loss. Compressors that add to it (all distillers, some pruners) therefore need
     the trainer, whose ``compute_loss`` is watched while it trains.
 
-    After an error the compressors stay unfinished. With the trainer given, what an error in a training step leaves
-    behind is taken back at once; else, and after an interrupt elsewhere, call :meth:`leave`, or train again.
+    After an error the compressors stay unfinished. A trainer tells its callbacks of no error, so what one elsewhere than
+    in a compressor or a training step leaves behind (in loading data, or in any step where no trainer is given) is
+    taken back by :meth:`leave`, or when the next training begins.
 
     Args:
         compressor: any of those fused on the model. It needs no evaluator.
@@ -88,7 +89,7 @@ class CompressionCallback(_Following):
     """
 
     def __init__(self, compressor: CompressorLike, trainer: Any = None) -> None:
-        super().__init__(compressor)
+        super().__init__(_Guarded(compressor, self.leave))
         if trainer is not None:
             check_trainer(trainer)
         self._compressor = compressor
@@ -133,19 +134,32 @@ class CompressionCallback(_Following):
 
     def _watch(self, trainer: Any) -> None:
         """See its losses, and be gone after an error."""
-        training_step = trainer.training_step
         self._own = {name: vars(trainer).get(name) for name in ("compute_loss", "training_step")}
-
-        @functools.wraps(training_step)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return training_step(*args, **kwargs)
-            except BaseException:
-                self.leave()
-                raise
-
         trainer.compute_loss = watched_loss(trainer, self.steps)
-        trainer.training_step = step
+        trainer.training_step = _or_else(trainer.training_step, self.leave)
+
+
+class _Guarded:
+    """Hooks after whose errors nothing is left behind."""
+
+    def __init__(self, hooks: TrainingHooks, leave: Callable[[], None]) -> None:
+        self.loss = _or_else(hooks.loss, leave)
+        self.before_step = _or_else(hooks.before_step, leave)
+        self.after_step = _or_else(hooks.after_step, leave)
+
+
+def _or_else(call: Callable[..., Any], leave: Callable[[], None]) -> Callable[..., Any]:
+    """The `call`, with `leave` before an error goes on."""
+
+    @functools.wraps(call)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except BaseException:
+            leave()
+            raise
+
+    return guarded
 
 
 @final
