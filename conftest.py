@@ -7,6 +7,8 @@ from tests.torchvision_stub import import_torchvision
 
 NEED_TORCHVISION = ("lightning.py", "transformers.py")  # their packages import it where it is installed
 
+collect_ignore = [f"src/tersor/training/{name}" for name in NEED_TORCHVISION if not find_spec(name.removesuffix(".py"))]
+
 
 def pytest_collect_file(file_path: Path) -> None:
     """Make a torchvision that lies beside a CPU build of torch importable."""

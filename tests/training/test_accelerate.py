@@ -33,9 +33,11 @@ from tersor.training.accelerate import AccelerateEvaluator
 @pytest.fixture(autouse=True)
 def own_state():
     """Settings of one accelerator hold for the whole process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    for turn in range(2):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        if turn == 0:
+            yield
 
 
 def make(lr=0.1, model=None):

@@ -117,9 +117,10 @@ class DeepspeedTorchEvaluator(FunctionEvaluator):
     def _engine(self, model: nn.Module) -> tuple[Any, Any, Any]:
         import deepspeed
 
+        parameters: Any = [parameter for parameter in model.parameters() if parameter.requires_grad]
         engine, optimizer, _, scheduler = deepspeed.initialize(
             model=model,
-            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            model_parameters=parameters,
             optimizer=self._optimizers,
             lr_scheduler=self._lr_schedulers,
             config=copy.deepcopy(self.config),

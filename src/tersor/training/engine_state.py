@@ -71,6 +71,7 @@ class WholeAgain:
         states = self._learnt_states(zero) if flat else {} if self._optimizer is None else dict(self._optimizer.state)
         if self.engine is not None:
             self.engine.destroy()
+            self.engine.optimizer = None  # an engine destroys again when it is collected, then maybe under the next one
         for tensor, kind, own, value in zip(self._tensors, self._kinds, self._own, values, strict=True):
             tensor.grad = None
             tensor.data = value.to(kind, copy=True)

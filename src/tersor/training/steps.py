@@ -142,8 +142,9 @@ class CountedSteps:
         complete = _once_after(closure, self.before_step)
         if "closure" in kwargs:
             return args, {**kwargs, "closure": complete}
-        optimizer, _, *others = args
-        return (optimizer, complete, *others), kwargs
+        given = [*args]
+        given[1] = complete
+        return tuple(given), kwargs
 
     def _on_end(self, *_: Any) -> None:
         self.after_step()

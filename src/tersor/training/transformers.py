@@ -69,8 +69,8 @@ class CompressionCallback(_Following):
     the end. A callback does not see the loss. Compressors that add to it (all distillers, some pruners) therefore need
     the trainer, whose ``compute_loss`` is watched while it trains.
 
-    After an error the compressors stay unfinished. A trainer tells its callbacks of no error, so what one elsewhere than
-    in a compressor or a training step leaves behind (in loading data, or in any step where no trainer is given) is
+    After an error the compressors stay unfinished. A trainer tells its callbacks of no error, so what one leaves behind
+    elsewhere than in a compressor or a training step (in loading data, or in any step where no trainer is given) is
     taken back by :meth:`leave`, or when the next training begins.
 
     Args:
@@ -230,6 +230,7 @@ class TransformersEvaluator(Evaluator):
         following = _Following(NoHooks() if hooks is None else hooks, max_epochs)
         # What the trainer makes for one training is not kept: an optimizer of its own, and prepared ones of the user's.
         made = ("optimizer", "lr_scheduler", "_created_lr_scheduler", "model_wrapped", "is_in_train", "compute_loss")
+        loaders = trainer.accelerator.gradient_state.dataloader_references
         begun = perf_counter()
         with (
             modes_kept(model),
@@ -244,6 +245,7 @@ class TransformersEvaluator(Evaluator):
                 trainer.train()
             finally:
                 following.steps.leave()
+                trainer.accelerator.gradient_state.dataloader_references = loaders  # a trainer ends before its loader
         epochs = None if length is None else following.steps.count // self._steps_of(length)
         return TrainingResult(following.steps.count, epochs, perf_counter() - begun, stopped=False)
 
