@@ -146,6 +146,16 @@ class Compressor(ABC):
         return tuple(self._chain)
 
     @property
+    def changes_loss(self) -> bool:
+        """Whether one of the fused compressors adds to the loss, so that training must go through :meth:`loss`."""
+        return any(item.adds_to_loss for item in self._chain)
+
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether this compressor does."""
+        return type(self).on_loss is not Compressor.on_loss
+
+    @property
     def _trainer(self) -> Evaluator | None:
         """The evaluator that one of the fused compressors was given."""
         return next((item.evaluator for item in self._chain if item.evaluator is not None), None)

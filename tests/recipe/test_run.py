@@ -176,7 +176,7 @@ class TestRounds:
 
     def test_best_round_is_the_one_that_is_saved(self, recipe, tmp_path, monkeypatch):
         scores = iter([0.5, 0.7, 0.9, 0.6, 0.8])  # before, three rounds, after
-        monkeypatch.setattr("tersor.training.loops.accuracy", lambda outputs, targets: next(scores))
+        monkeypatch.setattr("tersor.training.evaluation.accuracy", lambda outputs, targets: next(scores))
         schedule = {**self.SCHEDULE, "pruner": "LinearPruner", "speedup": True, "best": "maximize"}
         del schedule["initial_ratio"]
         result = run_recipe(recipe(pruning={"schedule": schedule}), console=Console(file=io.StringIO()))

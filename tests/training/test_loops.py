@@ -7,10 +7,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from tersor.errors import ConflictError, InvalidValueError, TrainingError
+from tersor.pruning import ADMMPruner
 from tersor.training import TorchEvaluator
+from tests.training import hand_written
 
 X = torch.linspace(-1, 1, 30).reshape(10, 3)
 Y = X.sum(dim=1, keepdim=True)
@@ -315,3 +318,147 @@ def test_what_cannot_be_evaluated(loader, message):
     evaluator = TorchEvaluator.from_loader(LOADER, mse_loss, optimizer, eval_loader=loader)
     with pytest.raises(TrainingError, match=message):
         evaluator.evaluate(model)
+
+
+@pytest.mark.parametrize(("limits", "steps", "epochs"), [({"max_epochs": 2}, 4, 2), ({"max_steps": 3}, 3, 1)])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_accumulation_and_clipping(limits, steps, epochs, clip):
+    model = hand_written.Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    hooks = hand_written.Hooks(model)
+    evaluator = TorchEvaluator.from_loader(hand_written.loader(), mse_loss, optimizer, accumulate=2, clip_norm=clip)
+    result = evaluator.train(model, hooks, **limits)
+    assert (result.steps, result.epochs) == (steps, epochs)
+    _, expected, seen = hand_written.by_hand(steps=steps, accumulate=2, hooks=True, clip=clip)
+    hand_written.assert_agrees(hooks, seen)
+    hand_written.assert_same(model, expected)
+    if clip is not None:
+        norms = [torch.cat([g.flatten() for g in gradients]).norm().item() for gradients in hooks.gradients]
+        assert norms == pytest.approx([clip] * steps, rel=1e-4)
+
+
+def test_schedulers_step_once_for_each_accumulated_step():
+    model, optimizer = make(lr=1.0)
+    scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
+    evaluator = TorchEvaluator.from_loader(
+        LOADER, mse_loss, optimizer, scheduler, scheduler_interval="step", accumulate=2
+    )
+    evaluator.train(model, max_epochs=2)
+    assert optimizer.param_groups[0]["lr"] == 0.5**4
+
+
+def test_a_loader_without_a_length_accumulates():
+    model, optimizer = make()
+    stream = DataLoader(Stream(), batch_size=4)
+    result = TorchEvaluator.from_loader(stream, mse_loss, optimizer, accumulate=2).train(model, max_epochs=2)
+    assert (result.steps, result.epochs) == (4, 2)
+
+
+def test_autocast():
+    model, optimizer = make()
+    kinds = []
+
+    def loss(outputs, targets):
+        kinds.append(outputs.dtype)
+        return mse_loss(outputs, targets)
+
+    evaluator = TorchEvaluator.from_loader(
+        LOADER, loss, optimizer, autocast=torch.bfloat16, eval_loader=LOADER, metric=loss
+    )
+    evaluator.train(model, max_steps=3)
+    assert kinds == [torch.bfloat16] * 3
+    expected, by_user = make()
+    for inputs, targets in LOADER:
+        by_user.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = mse_loss(expected(inputs), targets)
+        value.backward()
+        by_user.step()
+    assert torch.equal(model.weight, expected.weight)
+    assert not torch.equal(model.weight, by_hand(3).weight)
+    evaluator.evaluate(model)
+    assert kinds[3:] == [torch.float32] * 3
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_averaged_weights_are_those_of_pytorch(decay):
+    model, optimizer = make()
+    TorchEvaluator.from_loader(LOADER, mse_loss, optimizer, ema_decay=decay).train(model, max_steps=5)
+    expected, by_user = make()
+    averaged = AveragedModel(expected, avg_fn=get_ema_avg_fn(decay))
+    for inputs, targets in (list(LOADER) * 2)[:5]:
+        by_user.zero_grad()
+        mse_loss(expected(inputs), targets).backward()
+        by_user.step()
+        averaged.update_parameters(expected)
+    for value, other in zip(model.parameters(), averaged.module.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-7)
+
+
+def test_the_average_is_what_is_evaluated_while_training_goes_on():
+    model, optimizer = make()
+    values, weights = [], []
+
+    class Looking(Recorder):
+        def loss(self, loss, batch):
+            if self.calls:
+                before = model.weight.detach().clone()
+                values.append(evaluator.evaluate(model))
+                assert torch.equal(model.weight, before)
+            self.calls.append("loss")
+            weights.append(model.weight.detach().clone())
+            return loss
+
+    evaluator = TorchEvaluator.from_loader(
+        LOADER, mse_loss, optimizer, ema_decay=0.5, evaluating_func=lambda model: model.weight[0, 0].item()
+    )
+    evaluator.train(model, Looking(), max_steps=3)
+    first, second = weights[1][0, 0].item(), weights[2][0, 0].item()
+    assert values == pytest.approx([first, 0.5 * first + 0.5 * second])
+    assert evaluator.evaluate(model) == model.weight[0, 0].item()
+
+
+def test_a_failed_training_leaves_the_weights_as_they_were_last():
+    model, optimizer = make()
+
+    class Failing(Recorder):
+        def after_step(self):
+            super().after_step()
+            if self.calls.count("after") == 3:
+                raise ZeroDivisionError
+
+        def loss(self, loss, batch):
+            return loss
+
+    evaluator = TorchEvaluator.from_loader(LOADER, mse_loss, optimizer, ema_decay=0.9)
+    with pytest.raises(ZeroDivisionError):
+        evaluator.train(model, Failing(), max_steps=9)
+    assert torch.equal(model.weight, by_hand(3).weight)
+    assert torch.equal(evaluator.dummy_input, X[:4])
+    evaluator.train(model, max_steps=1)
+
+
+def test_averages_of_a_model_that_is_wrapped():
+    model, optimizer = make()
+    evaluator = TorchEvaluator.from_loader(LOADER, mse_loss, optimizer, ema_decay=0.5)
+    pruner = ADMMPruner(
+        model, [{"op_types": ["Linear"], "sparse_ratio": 0.5}], evaluator, training_steps=2, iterations=2
+    )
+    pruner.compress(max_steps=2)
+    assert pruner.unwrap_model(bake=True).weight.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"accumulate": 0}, "accumulate: 0 is no number of batches"),
+        ({"accumulate": True}, "accumulate: True"),
+        ({"autocast": torch.float16}, "autocast: torch.float16 cannot be trained in"),
+        ({"clip_norm": -1.0}, r"clip_norm: -1\.0 is no length"),
+        ({"ema_decay": 1.0}, r"ema_decay: 1\.0 is no share"),
+    ],
+)
+def test_settings_outside_their_range(options, message):
+    _, optimizer = make()
+    with pytest.raises(InvalidValueError, match=message):
+        TorchEvaluator.from_loader(LOADER, mse_loss, optimizer, **options)

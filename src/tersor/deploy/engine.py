@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from tersor.config.dtypes import QuantDtype
-from tersor.deploy.extras import missing
 from tersor.deploy.lowering import Fallback, Program
 from tersor.errors import MissingExtraError
+from tersor.extras import missing
 
 Precision = Literal["int8", "float"]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tersor.analysis.batches import batch_size_of, with_batch_size
-from tersor.deploy.extras import require
 from tersor.deploy.lowering import Program, export_arguments
 from tersor.errors import TraceError, VerificationError
+from tersor.extras import require
 from tersor.graph.inputs import evaluating, tensors_of
 from tersor.speedup.verify import outputs_of, relative_error
 from tersor.storage import replacing_file

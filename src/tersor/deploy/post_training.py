@@ -10,7 +10,6 @@ from torch import nn
 from tersor.deploy.engine_targets import engine_config
 from tersor.quantization import PtqQuantizer
 
-
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 """Behind them some channels are a hundred times larger than the others, in every sample: clipping them is no noise."""
 

@@ -141,6 +141,11 @@ class ScheduledPruner(Stepwise):
             )
         return False
 
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether the pruner does."""
+        return self.pruner.adds_to_loss
+
     def on_loss(self, loss: Tensor, batch: Any) -> Tensor:
         """The pruner's."""
         return self.pruner.on_loss(loss, batch)

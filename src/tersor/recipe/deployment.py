@@ -34,8 +34,8 @@ from tersor.quantization import CalibrationConfig
 from tersor.recipe.prepare import Data, Prepared
 from tersor.recipe.spec import Recipe
 from tersor.training.batches import to_device
+from tersor.training.evaluation import LoaderEvaluation
 from tersor.training.evaluator import modes_kept
-from tersor.training.loops import LoaderEvaluation
 
 
 @dataclass(frozen=True)

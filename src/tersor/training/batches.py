@@ -1,14 +1,14 @@
-"""What is in a batch of a data loader: inputs, targets, tensors to move and to count."""
+"""A data loader and what is in its batches: inputs, targets, tensors to move and to count."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tersor.errors import TrainingError
+from tersor.errors import InvalidValueError, TrainingError
 
 
 class Distilled(NamedTuple):
@@ -94,6 +94,29 @@ def own_batch(batch: Any) -> Any:
     (['x', 'y'], 'x')
     """
     return batch.batch if isinstance(batch, Distilled) else batch
+
+
+def repeatable(loader: Iterable[Any], where: str) -> Iterable[Any]:
+    """The `loader`, if one can pass over it again and again.
+
+    Raises:
+        InvalidValueError: it cannot be iterated, or only once.
+    """
+    if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+        raise InvalidValueError(
+            f"the {type(loader).__name__} cannot be passed over once an epoch.",
+            where=where,
+            legal=("a DataLoader", "a list of batches", "anything whose __iter__ starts anew"),
+        )
+    return loader
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """The number of batches, or None where the loader does not know (a loader of an iterable data set)."""
+    try:
+        return len(loader)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -34,6 +34,25 @@ class TrainingHooks(Protocol):
         ...
 
 
+class CompressorLike(TrainingHooks, Protocol):
+    """What a callback for somebody else's training needs of a compressor."""
+
+    model: Module
+
+    @property
+    def changes_loss(self) -> bool:
+        """Whether ``loss`` gives anything but the user's loss."""
+        ...
+
+    def start(self) -> None:
+        """Called before training."""
+        ...
+
+    def finish(self) -> None:
+        """Called after training."""
+        ...
+
+
 class NoHooks:
     """Trains as if no compressor were there."""
 
@@ -143,3 +162,25 @@ def modes_kept(model: Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def attributes_kept(thing: object, *names: str) -> Iterator[None]:
+    """Give an object its own attributes of these names back at the end, or none where it had none.
+
+    >>> class Loop:
+    ...     def step(self): ...
+    >>> loop = Loop()
+    >>> with attributes_kept(loop, "step"):
+    ...     loop.step = print
+    >>> vars(loop)
+    {}
+    """
+    own = vars(thing)
+    before = {name: own[name] for name in names if name in own}
+    try:
+        yield
+    finally:
+        for name in names:
+            own.pop(name, None)
+        own.update(before)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 import reprlib
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
+
+from torch import Tensor
 
 from tersor.errors import InvalidValueError, TrainingError
 
@@ -34,6 +37,17 @@ def check_function(role: str, function: Callable[..., Any], arguments: tuple[str
             where=f"{role} {name_of(function)}",
             remedy="Give it the arguments of that call, in that order.",
         ) from None
+
+
+def number_of(value: Any) -> float | None:
+    """A number, or a tensor with one element, as a float; None for anything else.
+
+    >>> import torch
+    >>> number_of(torch.tensor([0.5])), number_of("high")
+    (0.5, None)
+    """
+    single = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex())
+    return float(value) if single else None
 
 
 def name_of(function: Callable[..., Any]) -> str:

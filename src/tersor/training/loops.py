@@ -1,20 +1,24 @@
-"""Training and evaluation for those who give only a data loader and a loss."""
+"""Training for those who give only a data loader and a loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain, islice
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from tersor.errors import InvalidValueError, TrainingError
-from tersor.training.batches import batch_size, take_apart, to_device
+from tersor.training.averaging import WeightAverage
+from tersor.training.batches import length_of, repeatable, take_apart, to_device
 from tersor.training.functions import check_function
 
 SchedulerInterval = Literal["epoch", "step"]
@@ -29,9 +33,13 @@ class LoaderLoop:
             (``model(**batch).loss``, as Transformers do).
         device: where batches are moved to; None for where the model is.
         scheduler_interval: whether schedulers step after each epoch or after each step.
+        accumulate: batches for one step. The last step of an epoch may have fewer; each is the mean of what it has.
+        autocast: ``torch.bfloat16`` to run the model and the loss under autocast of that type.
+        clip_norm: the longest that the gradient of all parameters together may be.
+        ema_decay: how much of their average the parameters keep at each step; None for no average.
 
     Raises:
-        InvalidValueError: the loader is an iterator, the interval is unknown, or `loss_fn` is no function.
+        InvalidValueError: the loader is an iterator, `loss_fn` is no function, or a setting is outside its range.
         TrainingError: `loss_fn` does not take two arguments.
     """
 
@@ -42,17 +50,23 @@ class LoaderLoop:
         *,
         device: torch.device | str | None,
         scheduler_interval: SchedulerInterval,
+        accumulate: int = 1,
+        autocast: torch.dtype | None = None,
+        clip_norm: float | None = None,
+        ema_decay: float | None = None,
     ) -> None:
-        if scheduler_interval not in ("epoch", "step"):
-            raise InvalidValueError(
-                f"{scheduler_interval!r} is unknown.", where="scheduler_interval", legal=("'epoch'", "'step'")
-            )
         if loss_fn is not None:
             check_function("loss_fn", loss_fn, ("outputs", "targets"))
+        _check_settings(scheduler_interval, accumulate, autocast, clip_norm)
         self._loader = repeatable(loader, "train_loader")
         self._loss_fn = loss_fn
         self._device = device
         self._interval = scheduler_interval
+        self._accumulate = accumulate
+        self._autocast = autocast
+        self._clip_norm = clip_norm
+        self._average = None if ema_decay is None else WeightAverage(ema_decay)
+        self._averaging = False
 
     def __call__(
         self,
@@ -75,31 +89,94 @@ class LoaderLoop:
                 where="max_steps",
                 remedy="Give one of them.",
             )
-        schedulers = listed(lr_schedulers)
+        if self._average is None:
+            return self._run(model, listed(optimizers), training_step, listed(lr_schedulers), max_steps, max_epochs)
+        self._average.forget()
+        self._averaging = True
+        try:
+            epochs = self._run(model, listed(optimizers), training_step, listed(lr_schedulers), max_steps, max_epochs)
+            self._average.write(model)
+        finally:
+            self._averaging = False
+            self._average.forget()
+        return epochs
+
+    def averaged(self, model: Module) -> AbstractContextManager[None]:
+        """A context in which `model` has its averaged weights, if it is just being trained and they are averaged."""
+        return self._average.applied(model) if self._average is not None and self._averaging else nullcontext()
+
+    def _run(
+        self,
+        model: Module,
+        optimizers: Sequence[Optimizer],
+        training_step: Callable[..., Tensor],
+        schedulers: Sequence[LRScheduler],
+        max_steps: int | None,
+        max_epochs: int | None,
+    ) -> int:
         model.train()
         steps = epochs = 0
         while steps != max_steps and epochs != max_epochs:
-            remaining = None if max_steps is None else max_steps - steps
             losses: list[float] = []
-            for batch in islice(self._loader, remaining):
-                losses.append(self._one_step(model, listed(optimizers), training_step, batch, steps + 1))
+            begun = 0  # the first loss of the step that is not complete yet
+            for batches in self._parts():
+                losses += self._descend(model, optimizers, training_step, batches, steps + 1)
+                if not self._stepped():
+                    continue
                 steps += 1
+                if self._average is not None:
+                    self._average.update(model)
                 if self._interval == "step":
-                    _step(schedulers, losses[-1])
+                    _step(schedulers, fmean(losses[begun:]))
+                begun = len(losses)
+                if steps == max_steps:
+                    break
             if not losses:
                 raise TrainingError("it gave no batch.", where="train_loader", remedy="Give at least one.")
-            whole = remaining is None or len(losses) < remaining or len(losses) == length_of(self._loader)
-            if whole:
+            if steps != max_steps or len(losses) == length_of(self._loader):
                 epochs += 1
                 if self._interval == "epoch":
-                    _step(schedulers, sum(losses) / len(losses))
+                    _step(schedulers, fmean(losses))
         return epochs
+
+    def _parts(self) -> Iterator[list[Any]]:
+        """The batches of one epoch, as many together as make one step."""
+        batches = iter(self._loader)
+        while part := list(islice(batches, self._accumulate)):
+            yield part
+
+    def _stepped(self) -> bool:
+        """Whether the last batches made a step."""
+        return True
+
+    def _descend(
+        self,
+        model: Module,
+        optimizers: Sequence[Optimizer],
+        training_step: Callable[..., Tensor],
+        batches: Sequence[Any],
+        number: int,
+    ) -> list[float]:
+        """Make one step of all optimizers on some batches; the loss of each batch."""
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses: list[float] = []
+        for batch in batches:
+            loss = training_step(to_device(batch, device_of(model, self._device)), model)
+            losses.append(finite(loss, number))
+            (loss if len(batches) == 1 else loss / len(batches)).backward()
+        if self._clip_norm is not None:
+            clip_grad_norm_(model.parameters(), self._clip_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+        return losses
 
     def training_step(self, batch: Any, model: Module) -> Tensor:
         """The scalar loss of `model` on `batch`."""
         args, kwargs, targets = take_apart(batch)
-        outputs = model(*args, **kwargs)
-        loss = _model_loss(outputs) if self._loss_fn is None else self._loss_fn(outputs, targets)
+        with self._precision(model):
+            outputs = model(*args, **kwargs)
+            loss = _model_loss(outputs) if self._loss_fn is None else self._loss_fn(outputs, targets)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise TrainingError(
@@ -122,7 +199,8 @@ class LoaderLoop:
         length = length_of(self._loader)
         if max_epochs is None or length is None:
             return max_steps
-        return min(length * max_epochs, max_steps or length * max_epochs)
+        steps = math.ceil(length / self._accumulate) * max_epochs
+        return min(steps, max_steps or steps)
 
     def first_inputs(self) -> Any:
         """The inputs of the first batch: a tensor, a tuple of arguments, or a dict of them."""
@@ -136,80 +214,30 @@ class LoaderLoop:
             return dict(kwargs)
         return args[0] if len(args) == 1 else args
 
-    def _one_step(
-        self,
-        model: Module,
-        optimizers: Sequence[Optimizer],
-        training_step: Callable[..., Tensor],
-        batch: Any,
-        number: int,
-    ) -> float:
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss = training_step(to_device(batch, device_of(model, self._device)), model)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} at step {number}.",
-                where="training",
-                remedy="Lower the learning rate, and look for values that are not finite in the data.",
-            )
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        return value
+    def _precision(self, model: Module) -> AbstractContextManager[Any]:
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(device_of(model, self._device).type, dtype=self._autocast)
 
 
-class LoaderEvaluation:
-    """The mean of a metric over a data loader, every sample with the same weight; an ``evaluating_func``.
+def finite(loss: Tensor, number: int) -> float:
+    """The value of a loss.
 
     Args:
-        loader: the batches, as for training.
-        metric: ``metric(outputs, targets)``, the mean over one batch; `accuracy` where None.
-        device: where batches are moved to; None for where the model is.
-    """
-
-    def __init__(
-        self, loader: Iterable[Any], metric: Callable[..., float] | None, device: torch.device | str | None
-    ) -> None:
-        self._loader = repeatable(loader, "eval_loader")
-        self._metric = accuracy if metric is None else metric
-        check_function("metric", self._metric, ("outputs", "targets"))
-        self._device = device
-
-    def __call__(self, model: Module) -> float:
-        """Evaluate `model`, in eval mode and without gradients."""
-        model.eval()
-        device = device_of(model, self._device)
-        total, samples = 0.0, 0
-        with torch.no_grad():
-            for batch in self._loader:
-                args, kwargs, targets = take_apart(to_device(batch, device))
-                size = batch_size(batch)
-                total += float(self._metric(model(*args, **kwargs), targets)) * size
-                samples += size
-        if not samples:
-            raise TrainingError("it gave no sample.", where="eval_loader", remedy="Give at least one batch.")
-        return total / samples
-
-
-def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """The share of right answers: ``argmax`` over the classes, which are dimension 1 of `outputs`.
-
-    >>> accuracy(torch.tensor([[0.1, 0.9], [0.8, 0.2]]), torch.tensor([1, 1]))
-    0.5
+        loss: with one element.
+        number: of the step, for the message.
 
     Raises:
-        TrainingError: `outputs` are no scores of classes, or `targets` no indices of them.
+        TrainingError: it is not finite; nothing has been spoilt by it yet.
     """
-    fits = isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.dim() >= 2
-    if not fits or targets.shape != outputs.shape[:1] + outputs.shape[2:] or targets.is_floating_point():
+    value = loss.item()
+    if not math.isfinite(value):
         raise TrainingError(
-            "accuracy needs outputs of shape (batch, classes, ...) and class indices of shape (batch, ...).",
-            where="metric",
-            remedy="Give a metric(outputs, targets) of your own.",
+            f"the loss is {value} at step {number}.",
+            where="training",
+            remedy="Lower the learning rate, and look for values that are not finite in the data.",
         )
-    return (outputs.argmax(dim=1) == targets).float().mean().item()
+    return value
 
 
 def listed(one_or_many: Any) -> list[Any]:
@@ -223,35 +251,32 @@ def listed(one_or_many: Any) -> list[Any]:
     return list(one_or_many) if isinstance(one_or_many, (list, tuple)) else [one_or_many]
 
 
-def repeatable(loader: Iterable[Any], where: str) -> Iterable[Any]:
-    """The `loader`, if one can pass over it again and again.
-
-    Raises:
-        InvalidValueError: it cannot be iterated, or only once.
-    """
-    if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
-        raise InvalidValueError(
-            f"the {type(loader).__name__} cannot be passed over once an epoch.",
-            where=where,
-            legal=("a DataLoader", "a list of batches", "anything whose __iter__ starts anew"),
-        )
-    return loader
-
-
-def length_of(loader: Iterable[Any]) -> int | None:
-    """The number of batches, or None where the loader does not know (a loader of an iterable data set)."""
-    try:
-        return len(loader)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        return None
-
-
 def device_of(model: Module, device: torch.device | str | None = None) -> torch.device:
     """The `device`, or where None is asked for the one of the model's first tensor."""
     if device is not None:
         return torch.device(device)
     first = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def _check_settings(
+    interval: SchedulerInterval, accumulate: int, autocast: torch.dtype | None, clip_norm: float | None
+) -> None:
+    if interval not in ("epoch", "step"):
+        raise InvalidValueError(f"{interval!r} is unknown.", where="scheduler_interval", legal=("'epoch'", "'step'"))
+    if not isinstance(accumulate, int) or isinstance(accumulate, bool) or accumulate < 1:
+        raise InvalidValueError(
+            f"{accumulate!r} is no number of batches.", where="accumulate", legal=("a positive int",)
+        )
+    if autocast not in (None, torch.bfloat16):
+        raise InvalidValueError(
+            f"{autocast!r} cannot be trained in as it is.",
+            where="autocast",
+            legal=("torch.bfloat16", None),
+            remedy="float16 needs its losses scaled, which AccelerateEvaluator and LightningEvaluator do.",
+        )
+    if clip_norm is not None and not (isinstance(clip_norm, (int, float)) and clip_norm > 0):
+        raise InvalidValueError(f"{clip_norm!r} is no length.", where="clip_norm", legal=("a positive number", None))
 
 
 def _model_loss(outputs: Any) -> Any:

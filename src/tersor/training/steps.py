@@ -33,13 +33,23 @@ class CountedSteps:
     step, or failing that the next step of the optimizer, leaves the context. So what the loop does after its last step
     (a scheduler's step, a second optimizer's) is still done, and the parameters never change beyond the limit.
 
+    Args:
+        optimizer: whose steps are counted; None where it is made later and then handed to :meth:`follow`.
+        hooks: what to call at each loss and step.
+        max_steps: the most steps; None where the loop keeps the limit itself.
+        progress: the bar to advance.
+
     Attributes:
         count: the steps made so far.
         stopped: whether the loop had to be ended.
     """
 
     def __init__(
-        self, optimizer: Optimizer, hooks: TrainingHooks, max_steps: int | None, progress: TrainingProgress
+        self,
+        optimizer: Optimizer | None,
+        hooks: TrainingHooks,
+        max_steps: int | None = None,
+        progress: TrainingProgress | None = None,
     ) -> None:
         self.count = 0
         self.stopped = False
@@ -51,46 +61,120 @@ class CountedSteps:
         self._handles: tuple[RemovableHandle, ...] = ()
 
     def __enter__(self) -> CountedSteps:
-        self._handles = (
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-        )
+        if self._optimizer is not None:
+            self.follow(self._optimizer)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        for handle in self._handles:
-            handle.remove()
+        self.leave()
         self.stopped = isinstance(error, _LimitReached) and error.steps is self
         return self.stopped
 
-    def watch(self, training_step: Callable[..., Any]) -> Callable[..., Any]:
-        """The `training_step` to hand to the loop: its loss goes through the hooks, the rest of its result is kept."""
+    def follow(self, optimizer: Optimizer) -> None:
+        """Count and accompany the steps of this optimizer, and of no other, from now on."""
+        self.leave()
+        self._handles = (
+            optimizer.register_step_pre_hook(self._on_begin),
+            optimizer.register_step_post_hook(self._on_end),
+        )
+
+    def leave(self) -> None:
+        """Leave the optimizer as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = ()
+
+    def watch(self, training_step: Callable[..., Any], *, may_skip: bool = False) -> Callable[..., Any]:
+        """The `training_step` to hand to the loop: its loss goes through the hooks, the rest of its result is kept.
+
+        Args:
+            training_step: called with the batch first.
+            may_skip: whether None, in place of a loss, is the loop's word for a batch to leave out.
+        """
 
         @functools.wraps(training_step)
         def watched(batch: Any, *args: Any, **kwargs: Any) -> Any:
             self._leave_if_done()
             result = training_step(batch, *args, **kwargs)
+            if may_skip and result is None:
+                return None
             own = _loss_of(result, training_step)
-            loss = self._hooks.loss(own, batch)
-            self._loss = loss.detach()
+            loss = self.loss(own, batch)
             return result if loss is own else _with_loss(result, loss)
 
         return watched
+
+    def loss(self, loss: Tensor, batch: Any) -> Tensor:
+        """The loss to descend, for a loop that has it at hand."""
+        loss = self._hooks.loss(loss, batch)
+        self._loss = loss.detach()
+        return loss
+
+    def before_step(self) -> None:
+        """The gradients are complete; for a loop whose optimizer has no step hooks.
+
+        Raises:
+            _LimitReached: no more steps are to be made; the context swallows it.
+        """
+        self._leave_if_done()
+        self._hooks.before_step()
+
+    def after_step(self) -> None:
+        """The parameters are new; likewise."""
+        self.count += 1
+        self._hooks.after_step()
+        if self._progress is not None:
+            self._progress.advance(self._loss, getattr(self._hooks, "status", dict))
 
     def _leave_if_done(self) -> None:
         if self.count == self._max_steps:
             raise _LimitReached(self)
 
-    def _before_step(self, *_: Any) -> None:
+    def _on_begin(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """A step begins; where the optimizer computes the gradients itself, they are complete after its closure."""
         self._leave_if_done()
-        self._hooks.before_step()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self.before_step()
+            return None
+        complete = _once_after(closure, self.before_step)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": complete}
+        given = [*args]
+        given[1] = complete
+        return tuple(given), kwargs
 
-    def _after_step(self, *_: Any) -> None:
-        self.count += 1
-        self._hooks.after_step()
-        self._progress.advance(self._loss, getattr(self._hooks, "status", dict))
+    def _on_end(self, *_: Any) -> None:
+        self.after_step()
+
+
+def bare_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer of PyTorch within what Accelerate made of it.
+
+    >>> import torch
+    >>> bare_optimizer(torch.optim.SGD([torch.zeros(1)], lr=0.1)).defaults["lr"]
+    0.1
+    """
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
+
+
+def _once_after(closure: Callable[[], Any], then: Callable[[], None]) -> Callable[[], Any]:
+    """The `closure` that, when it is called for the first time, calls `then` at its end."""
+    first = [True]
+
+    @functools.wraps(closure)
+    def complete() -> Any:
+        result = closure()
+        if first:
+            first.clear()
+            then()
+        return result
+
+    return complete
 
 
 def _loss_of(result: Any, training_step: Callable[..., Any]) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from time import perf_counter
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -13,15 +13,15 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tersor.errors import ConflictError, InvalidValueError, TrainingError
-from tersor.training.evaluator import Evaluator, NoHooks, TrainingHooks, TrainingResult, check_limits, modes_kept
-from tersor.training.functions import check_function, described, name_of
-from tersor.training.loops import LoaderEvaluation, LoaderLoop, SchedulerInterval, listed
+from tersor.training.evaluator import NoHooks, TrainingHooks, TrainingResult, check_limits, modes_kept
+from tersor.training.function_evaluator import FunctionEvaluator, check_optimizers, check_ownership, evaluation_of
+from tersor.training.loops import LoaderLoop, SchedulerInterval, listed
 from tersor.training.progress import TrainingProgress
 from tersor.training.steps import CountedSteps
 
 
-class TorchEvaluator(Evaluator):
+@final
+class TorchEvaluator(FunctionEvaluator):
     """Trains with the user's own function, or with a loop of ours (`from_loader`).
 
     Optimizers and schedulers are ordinary objects and are used as they are: a compressor's work is done in the step
@@ -82,24 +82,9 @@ class TorchEvaluator(Evaluator):
         *,
         progress: bool = True,
     ) -> None:
-        arguments = ("model", "optimizers", "training_step", "lr_schedulers", "max_steps", "max_epochs")
-        check_function("training_func", training_func, arguments)
-        check_function("training_step", training_step, ("batch", "model"), more=True)
-        if evaluating_func is not None:
-            check_function("evaluating_func", evaluating_func, ("model",))
-        _check_optimizers(optimizers)
-        for scheduler in listed(lr_schedulers):
-            if not callable(getattr(scheduler, "step", None)):
-                raise InvalidValueError(f"{described(scheduler)} is no scheduler.", where="lr_schedulers")
-        self._training_func = training_func
-        self._optimizers = optimizers
-        self._training_step = training_step
-        self._lr_schedulers = lr_schedulers
-        self._dummy_input = dummy_input
-        self._evaluating_func = evaluating_func
+        super().__init__(training_func, training_step, optimizers, lr_schedulers, dummy_input, evaluating_func)
+        check_optimizers(optimizers, lr_schedulers)
         self._progress = progress
-        # Only our own loop can say how long it will take, how many epochs it made and what its batches hold.
-        self._loop = training_func if isinstance(training_func, LoaderLoop) else None
 
     @classmethod
     def from_loader(
@@ -115,12 +100,17 @@ class TorchEvaluator(Evaluator):
         metric: Callable[..., float] | None = None,
         device: torch.device | str | None = None,
         scheduler_interval: SchedulerInterval = "epoch",
+        accumulate: int = 1,
+        autocast: torch.dtype | None = None,
+        clip_norm: float | None = None,
+        ema_decay: float | None = None,
         progress: bool = True,
     ) -> TorchEvaluator:
         """Train with the usual loop, in train mode, over a data loader.
 
-        `max_steps` and `max_epochs` are both kept exactly, and one of them must be given. A loss that is not finite
-        ends the training before it can spoil the parameters.
+        `max_steps` and `max_epochs` are both kept exactly, and one of them must be given. A step is one of the
+        optimizers, however many batches it takes. A loss that is not finite ends the training before it can spoil the
+        parameters.
 
         Args:
             train_loader: batches ``(inputs, targets)``, ``(a, b, targets)`` or a mapping of the model's arguments.
@@ -134,10 +124,17 @@ class TorchEvaluator(Evaluator):
             metric: ``metric(outputs, targets)`` returns the mean over one batch; accuracy by default.
             device: where to move the batches; by default to the model.
             scheduler_interval: ``"epoch"`` or ``"step"``: after what a scheduler steps.
+            accumulate: batches for one step, whose losses are divided by their number. The last step of an epoch may
+                have fewer batches.
+            autocast: ``torch.bfloat16`` runs the model and `loss_fn` under autocast; the parameters stay as they are.
+                What a compressor adds to the loss, and evaluation, are computed in the model's own precision.
+            clip_norm: the longest that the gradient of all parameters together may be; compressors see it clipped.
+            ema_decay: how much of their moving average the parameters keep at each step. The averages are what is
+                evaluated, and what is in the model when `train` is over.
             progress: whether to show a bar on a terminal.
 
         Raises:
-            InvalidValueError: a loader that can be passed over only once, or an unknown interval.
+            InvalidValueError: a loader that can be passed over only once, or a setting outside its range.
             ConflictError: two ways to evaluate at once, or a metric without data.
 
         Example:
@@ -158,16 +155,18 @@ class TorchEvaluator(Evaluator):
             >>> tuple(evaluator.dummy_input.shape)
             (16, 2)
         """
-        if eval_loader is not None:
-            if evaluating_func is not None:
-                raise ConflictError(
-                    "evaluating_func and eval_loader are both given.", where="from_loader", remedy="Keep one of them."
-                )
-            evaluating_func = LoaderEvaluation(eval_loader, metric, device)
-        elif metric is not None:
-            raise ConflictError("metric is given without eval_loader.", where="from_loader", remedy="Give both.")
-        loop = LoaderLoop(train_loader, loss_fn, device=device, scheduler_interval=scheduler_interval)
-        return cls(loop, optimizers, loop.training_step, lr_schedulers, dummy_input, evaluating_func, progress=progress)
+        evaluating = evaluation_of(evaluating_func, eval_loader, metric, device)
+        loop = LoaderLoop(
+            train_loader,
+            loss_fn,
+            device=device,
+            scheduler_interval=scheduler_interval,
+            accumulate=accumulate,
+            autocast=autocast,
+            clip_norm=clip_norm,
+            ema_decay=ema_decay,
+        )
+        return cls(loop, optimizers, loop.training_step, lr_schedulers, dummy_input, evaluating, progress=progress)
 
     def train(
         self,
@@ -185,7 +184,7 @@ class TorchEvaluator(Evaluator):
                 loop a loss was not finite. Errors of the user's own code come through as they are.
         """
         check_limits(max_steps, max_epochs)
-        self._check_ownership(model)
+        check_ownership(model, self._optimizers)
         planned = self._loop.planned_steps(max_steps, max_epochs) if self._loop else max_steps
         begun = perf_counter()
         epochs = None
@@ -202,72 +201,6 @@ class TorchEvaluator(Evaluator):
         return TrainingResult(steps.count, epochs, perf_counter() - begun, steps.stopped)
 
     def evaluate(self, model: Module) -> float | None:
-        """The metric of `model`, or None where there is no evaluating function or it returned None.
-
-        Raises:
-            TrainingError: what came back is no number.
-        """
-        if self._evaluating_func is None:
-            return None
-        with modes_kept(model):
-            result = self._evaluating_func(model)
-        if result is None:
-            return None
-        value = result.get("default") if isinstance(result, Mapping) else result
-        if isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1):
-            return float(value)
-        raise TrainingError(
-            f"it returned {described(result)}, which is no metric.",
-            where=f"evaluating_func {name_of(self._evaluating_func)}",
-            legal=("a number", "a dict with a number under 'default'", "None for a calibration only"),
-            remedy="Return one number: the one by which models are compared.",
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The states of all optimizers and schedulers, in order; of the tensors no copies."""
-        return {
-            "optimizers": [optimizer.state_dict() for optimizer in listed(self._optimizers)],
-            "lr_schedulers": [scheduler.state_dict() for scheduler in listed(self._lr_schedulers)],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave; what belongs to a parameter that has become smaller since is left out."""
-        for optimizer, own in zip(listed(self._optimizers), state["optimizers"], strict=True):
-            optimizer.load_state_dict(own)
-            for parameter in [*optimizer.state]:
-                values = optimizer.state[parameter].values()
-                if any(isinstance(of, Tensor) and of.dim() and of.shape != parameter.shape for of in values):
-                    del optimizer.state[parameter]
-        for scheduler, own in zip(listed(self._lr_schedulers), state["lr_schedulers"], strict=True):
-            scheduler.load_state_dict(own)
-
-    @property
-    def dummy_input(self) -> Any:
-        """What was given; with `from_loader` else the inputs of the first batch."""
-        if self._dummy_input is None and self._loop is not None:
-            self._dummy_input = self._loop.first_inputs()
-        return self._dummy_input
-
-    def _check_ownership(self, model: Module) -> None:
-        groups = [group for optimizer in listed(self._optimizers) for group in optimizer.param_groups]
-        held = {id(parameter) for group in groups for parameter in group["params"]}
-        if not any(id(parameter) in held for parameter in model.parameters()):
-            raise TrainingError(
-                f"none of their {len(held)} parameters belongs to this {type(model).__name__}, which would not change.",
-                where="optimizers",
-                remedy="Make the optimizer of the model that is trained: Adam(model.parameters()); and a new one after "
-                "the model was copied or made smaller.",
-            )
-
-
-def _check_optimizers(optimizers: Any) -> None:
-    many = listed(optimizers)
-    for optimizer in many:
-        if not isinstance(optimizer, Optimizer):
-            raise InvalidValueError(
-                f"{described(optimizer)} is no optimizer.",
-                where="optimizers",
-                legal=("a torch.optim.Optimizer", "a list of them"),
-            )
-    if not many:
-        raise InvalidValueError("there is none.", where="optimizers", remedy="Give at least one.")
+        """The metric of `model`, while it trains with averaged weights that of the averages; see the base."""
+        with nullcontext() if self._loop is None else self._loop.averaged(model):
+            return super().evaluate(model)

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from tersor.compressor import Compressor
-from tersor.deploy.extras import require
 from tersor.deploy.weight_only.packing import Integers, pack
 from tersor.deploy.weight_only.source import (
     Source,
@@ -40,6 +39,7 @@ from tersor.deploy.weight_only.source import (
     size_of,
 )
 from tersor.errors import ConflictError, InvalidValueError
+from tersor.extras import require
 from tersor.graph.inputs import named_tensors
 from tersor.quantization.base import CalibrationConfig
 from tersor.storage import replacing_folder

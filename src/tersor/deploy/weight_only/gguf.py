@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from tersor.compressor import Compressor
-from tersor.deploy.extras import require
 from tersor.deploy.weight_only.gguf_metadata import architecture_of, rows_in_order, write_metadata
 from tersor.deploy.weight_only.packing import Integers
 from tersor.deploy.weight_only.source import Source, Unsupported, WeightReport, collect, deviation, size_of
 from tersor.errors import InvalidValueError
+from tersor.extras import require
 from tersor.graph.inputs import named_tensors
 from tersor.quantization.base import CalibrationConfig
 from tersor.storage import replacing_file
