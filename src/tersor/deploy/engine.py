@@ -48,6 +48,7 @@ class Wishes:
         non_negative: settings of an input or output that has no negative value.
         signed: of any other.
         convolution_outputs: whether a convolution's output is wanted as well, and a sum's.
+        linear_outputs: whether a linear layer's output is.
         sums: whether the operands of residual sums are.
         fused_sums: whether a sum is done by the convolution that makes one of its operands, so that only the other
             one is wanted.
@@ -58,6 +59,7 @@ class Wishes:
     non_negative: Mapping[str, Any]
     signed: Mapping[str, Any]
     convolution_outputs: bool = False
+    linear_outputs: bool = False
     sums: bool = True
     fused_sums: bool = False
     added: Mapping[str, Any] | None = None

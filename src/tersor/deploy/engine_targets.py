@@ -109,7 +109,8 @@ class _Config:
                 if name not in heads:
                     heads.append(name)
                 self._add(name, "_input_0", node.all_input_nodes[0])
-                if isinstance(module, _ConvNd) and self.wishes.convolution_outputs:
+                is_linear = isinstance(module, nn.Linear)
+                if self.wishes.linear_outputs if is_linear else self.wishes.convolution_outputs:
                     self._add_output(node)
             elif isinstance(module, nn.Embedding) and name not in embeddings:
                 embeddings.append(name)
