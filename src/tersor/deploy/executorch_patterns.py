@@ -8,6 +8,7 @@ what only moves values, a second grid are left out without a word. Here it is ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,8 +25,7 @@ from tersor.deploy.unsupported import in_floating_point
 _ATEN = torch.ops.aten
 KERNELS = frozenset(
     {
-        _ATEN.conv1d.default, _ATEN.conv1d.padding, _ATEN.conv2d.default, _ATEN.conv2d.padding,
-        _ATEN.conv_transpose2d.input, _ATEN.linear.default,
+        _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv_transpose2d.input, _ATEN.linear.default,
     }
 )  # fmt: skip
 """What there is in int8."""
@@ -61,6 +61,53 @@ def bytes_alone(graph: Graph) -> tuple[Fallback, ...]:
         found.setdefault(where, Fallback(where, f"a value is rounded in floating point: {why}"))
         in_floating_point(graph, node)
     return tuple(found.values())
+
+
+def explicit_padding(graph: Graph) -> None:
+    """Say the padding ``same`` in numbers, and by an operator of its own where it differs from one side to the other.
+
+    Where XNNPACK's partitioner finds such a padding itself, in front of a convolution in floating point, it takes its
+    result for int8, and the file cannot be loaded.
+    """
+    for node in graph.calls(_ATEN.conv1d.padding, _ATEN.conv2d.padding):
+        given: tuple[Any, ...] = node.args
+        x, weight, bias, stride, padding, dilation, groups = (*given, *(None, 1, "valid", 1, 1)[len(given) - 2 :])
+        kernel = weight.meta["val"].shape[2:]
+        stride, dilation = _for_each(stride, len(kernel)), _for_each(dilation, len(kernel))
+        total = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+        total = total if padding == "same" else [0] * len(kernel)
+        with graph.graph.inserting_before(node):
+            if any(size % 2 for size in total):
+                sides = [side for size in reversed(total) for side in (size // 2, size - size // 2)]
+                shape = x.meta["val"].shape  # computed here: the operator would take a free size for the example's
+                spatial = [size + more for size, more in zip(shape[2:], total, strict=True)]
+                padded = x.meta["val"].new_empty([*shape[:2], *spatial])
+                x, total = graph.call(_ATEN.constant_pad_nd.default, (x, sides), node, padded), [0] * len(kernel)
+            plain = _ATEN.conv1d.default if len(kernel) == 1 else _ATEN.conv2d.default
+            args = (x, weight, bias, stride, [size // 2 for size in total], dilation, groups)
+            node.replace_all_uses_with(graph.call(plain, args, node))
+        graph.graph.erase_node(node)
+
+
+def _for_each(value: int | Sequence[int], count: int) -> list[int]:
+    """What is said for all dimensions at once, or for each."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values if len(values) == count else values * count
+
+
+def own_biases(graph: Graph) -> None:
+    """Give each layer a bias in floating point that nothing else reads.
+
+    XNNPACK stores it once for all its readers, in the steps of the first one's scales.
+    """
+    for node in graph.calls(*KERNELS):
+        bias = (*node.args[:3], None)[2]
+        if isinstance(bias, fx.Node) and bias.target is DEQUANTIZE and graph.constant(bias.args[0]) is not None:
+            in_floating_point(graph, bias)
+            bias = node.args[2]
+        held = graph.constant(bias)
+        if isinstance(bias, fx.Node) and held is not None and len(bias.users) > 1:
+            node.update_arg(2, graph.new_constant(held.clone(), f"{bias.name}_own"))
 
 
 def limit_in_kernels(graph: Graph) -> None:
@@ -115,7 +162,7 @@ def misfit(graph: Graph, node: fx.Node, user: fx.Node) -> str:
         return "XNNPACK has no int8 kernel for transposed convolutions in groups"
     if _rounding_of(user) is None:
         return "its output is not rounded, or is read before it is, and XNNPACK's int8 kernels give int8"
-    if bias is not None and graph.constant(bias) is None and getattr(bias, "target", None) is not DEQUANTIZE:
+    if bias is not None and graph.constant(bias) is None:
         return "its bias is no constant"
     if not room_for_bias(graph, user):
         return "its bias is too large for the steps of its weight"

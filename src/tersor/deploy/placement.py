@@ -12,6 +12,7 @@ from tersor.config.dtypes import FloatDtype, IntDtype, parse_dtype
 from tersor.deploy.graph import CHOOSE, DEQUANTIZE, QUANTIZE, Graph, parameters_of, same_grid
 from tersor.deploy.movement import are_signs, readers_of
 from tersor.deploy.operators import spread, storage_type
+from tersor.deploy.packing import channels_of
 
 UINT8 = IntDtype(8, signed=False)
 INT8 = IntDtype(8)
@@ -129,7 +130,8 @@ def room_for_bias(graph: Graph, node: fx.Node) -> bool:
         graph: it is changed where the weight needs coarser steps.
         node: a convolution or linear layer with an input and a weight of stored numbers.
     """
-    return len(node.args) < 3 or node.args[2] is None or _scale_of_bias(graph, node) is not None
+    bias = (*node.args[:3], None)[2]
+    return bias is None or _scale_of_bias(graph, node) is not None
 
 
 def _scale_of_bias(graph: Graph, node: fx.Node) -> torch.Tensor | None:
@@ -137,19 +139,22 @@ def _scale_of_bias(graph: Graph, node: fx.Node) -> torch.Tensor | None:
     x, weight, bias = (*node.args[:3], None)[:3]
     held = graph.constant(bias)
     operands = [each for each in (x, weight) if isinstance(each, fx.Node) and each.target is DEQUANTIZE]
-    if held is None or len(operands) < 2 or any(part for part in (*operands[0].args[4:], *operands[1].args[4:])):
+    if held is None or len(operands) < 2 or any(part is not None for part in operands[0].args[4:]):
+        return None
+    channels, (axis, block) = channels_of(node), (*operands[1].args[4:], None, None)[:2]
+    if axis not in (None, channels) or block is not None:
         return None
     scales = [graph.constant(each.args[1]) for each in operands]
     if scales[0] is None or scales[1] is None or scales[0].dim() or not _are_bytes(operands):
         return None
     step = scales[1].expand(held.shape).double()
     coarse = torch.maximum(step, held.abs().double() / (scales[0].double() * LARGEST_BIAS))
-    if not torch.equal(step, coarse) and not _coarsen(graph, operands[1], coarse):
+    if not torch.equal(step, coarse) and not _coarsen(graph, operands[1], coarse, channels):
         return None
     return (scales[0] * coarse.float()).contiguous()
 
 
-def _coarsen(graph: Graph, weight: fx.Node, scale: torch.Tensor) -> bool:
+def _coarsen(graph: Graph, weight: fx.Node, scale: torch.Tensor, axis: int) -> bool:
     """Store a weight in coarser steps, where nothing else reads it, and say whether that was done.
 
     The weights of a channel that is as good as dead are so small beside its bias that this has no number in their
@@ -159,14 +164,13 @@ def _coarsen(graph: Graph, weight: fx.Node, scale: torch.Tensor) -> bool:
     shift = graph.constant(weight.args[2])
     if numbers is None or own is None or shift is None or len(weight.users) > 1 or bool(shift.any()):
         return False
-    rows = (-1, *(1,) * (numbers.dim() - 1))
-    factor = (own.expand(scale.shape).double() / scale).view(rows)
+    factor = spread(own.expand(scale.shape).double() / scale, numbers, axis, None)
     made = [
         graph.new_constant((numbers.double() * factor).round().to(numbers.dtype), f"{weight.name}_numbers"),
         graph.new_constant(scale.float(), f"{weight.name}_scale"),
         graph.new_constant(torch.zeros_like(scale).to(shift.dtype), f"{weight.name}_zero_point"),
     ]
-    weight.args = (*made, weight.args[3], 0)
+    weight.args = (*made, weight.args[3], axis)
     return True
 
 
