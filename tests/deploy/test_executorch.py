@@ -13,6 +13,7 @@ from tersor.deploy import CompiledModel, QuantizationSpeedup, engine_config
 from tersor.deploy.engines import engine_of, engines
 from tersor.deploy.executorch import ExecuTorch
 from tersor.deploy.executorch_session import operators_of
+from tersor.deploy.lowering import lower
 from tersor.errors import CheckpointError, InvalidValueError, MissingExtraError, TraceError
 from tersor.quantization import PtqQuantizer
 from tests.deploy.lowered import program_of, ptq
@@ -102,9 +103,8 @@ def test_types(kind, of_weights, of_values):
 
 
 def test_it_wants_the_outputs_of_linear_layers_rounded_too():
-    _, config = configured(
-        nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)), images()
-    )
+    net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    _, config = configured(net, torch.randn(2, 4))
     wanted = {
         (name, target): own["target_settings"][target]
         for own in config
@@ -227,17 +227,24 @@ def test_a_fixed_batch_in_floating_point():
 
 
 @needs_executorch
+@pytest.mark.parametrize(("example", "options", "largest"), [(4, {"max_batch": 9}, 9), (70, {}, 71)])
+def test_the_largest_batch_is_as_asked_or_holds_the_example(example, options, largest, tmp_path):
+    engine, program = ExecuTorch(), lower(nn.Linear(3, 2), torch.randn(example, 3))
+    engine.build(program, tmp_path, options)
+    session = engine.open(tmp_path, threads=1, options=options)
+    assert session.run([torch.randn(largest, 3)])[0].shape == (largest, 2)
+    with pytest.raises(InvalidValueError, match=r"options={'max_batch': \.\.\.}"):
+        session.run([torch.randn(largest + 1, 3)])
+    assert {str(own.upper) for own in program.exported.range_constraints.values()} == {"int_oo"}
+
+
+@needs_executorch
 def test_a_block_of_a_transformer():
     torch.manual_seed(0)
     data = [torch.randn(6, 5, 16) for _ in range(3)]
-    compiled = QuantizationSpeedup(
-        quantized(Block(), data), data[0], engine="executorch", threads=1, options={"max_batch": 9}
-    ).compile()
-    report = compiled.report
+    quantizer = quantized(Block(), data)
+    report = QuantizationSpeedup(quantizer, data[0], engine="executorch", dynamic_batch=False).compile().report
     assert report.simulation_snr > 40
     computing = {own.name: own.precision for own in report.operators if own.computes and not own.attends}
     assert computing == dict.fromkeys(("query", "key", "value", "out", "wide", "narrow"), "int8")
     assert sum(own.attends for own in report.operators) == 2
-    assert compiled(torch.randn(9, 5, 16)).shape == (9, 5, 16)
-    with pytest.raises(InvalidValueError, match=r"options={'max_batch': \.\.\.}"):
-        compiled(torch.randn(10, 5, 16))

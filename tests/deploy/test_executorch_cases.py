@@ -46,11 +46,6 @@ def with_one_bias():
     return {"a": one, "b": two}
 
 
-class Sum(nn.Module):
-    def forward(self, x, y):
-        return x + y
-
-
 def one(make, **settings):
     """One layer, rounded on all sides or as said."""
     return lambda: Case(lambda m, x: m.a(x), [rounded("a", **settings)], a=make())
@@ -94,11 +89,6 @@ def joined():
     return Case(call, config, a=conv(), b=conv(), i=nn.Identity())
 
 
-def added():
-    config = [rounded("a", "b"), {"op_names": ["s"], "target_names": ["_input_0", "_input_1", "_output_0"], **BYTE}]
-    return Case(lambda m, x: m.s(m.a(x), m.b(x)), config, a=conv(), b=conv(), s=Sum())
-
-
 def read_twice():
     def call(m, x):
         y = m.a(x)
@@ -114,21 +104,15 @@ CASES = {  # how it is made, and why it runs in floating point, where it does
     "one dimension": (flat, ""),
     "padded by name": (one(lambda: conv(4, padding="same")), ""),
     "padded by name, zero points": (one(lambda: conv(4, padding="same"), weight=AFFINE), "its weight has zero points"),
-    "mirrored": (one(lambda: conv(padding_mode="reflect")), ""),
-    "groups": (one(lambda: conv(groups=2, stride=2)), ""),
     "few numbers": (few_numbers, ""),
     "dead channel": (one(dead), ""),
     "one bias": (one_bias, ""),
     "pool": (moved(lambda x: F.max_pool2d(x, 2)), ""),
     "pad": (moved(lambda x: F.pad(x, (1, 2))), ""),
-    "mean": (moved(lambda x: x.mean((2, 3), keepdim=True)), ""),
     "cat": (joined, ""),
     "limited": (moved(lambda x: x.clamp(-0.3, 0.2)), ""),
-    "sum": (added, ""),
     "not rounded": (one(conv, output=None), "its output is not rounded"),
     "read twice": (read_twice, "its output is not rounded, or is read before it is"),
-    "dynamic": (one(conv, value={**BYTE, "dynamic": True}), "its scale is dynamic"),
-    "scales of channels": (one(conv, value=AFFINE), "it has more than one scale"),
 }
 
 

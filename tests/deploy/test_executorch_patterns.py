@@ -182,6 +182,24 @@ def test_what_moves_to_another_grid_is_rounded_before(move):
     assert largest_difference(program_outputs(after, x), program_outputs(program, x)) == 0
 
 
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ({**BYTE, "dynamic": True}, "its scale is dynamic"),
+        ({**BYTE, "granularity": "per_channel"}, "more than one scale"),
+    ],
+)
+def test_what_xnnpack_cannot_hold_is_rounded_in_floating_point(value, why):
+    net, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(8, 6)
+    program = program_of(ptq(net, [layers("0", value=value)], x), x)
+    after, fallbacks = ExecuTorch().prepare(program)
+    assert [own.where for own in fallbacks] == ["0"]
+    assert fallbacks[0].reason.startswith("a value is rounded in floating point: ")
+    assert why in fallbacks[0].reason
+    assert len(calls(after, QUANTIZE)) == 1  # the output
+    assert largest_difference(program_outputs(after, x), program_outputs(program, x)) == 0
+
+
 class Fork(nn.Module):
     def __init__(self):
         super().__init__()
