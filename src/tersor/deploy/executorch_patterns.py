@@ -70,8 +70,9 @@ def explicit_padding(graph: Graph) -> None:
     result for int8, and the file cannot be loaded.
     """
     for node in graph.calls(_ATEN.conv1d.padding, _ATEN.conv2d.padding):
-        given: tuple[Any, ...] = node.args
-        x, weight, bias, stride, padding, dilation, groups = (*given, *(None, 1, "valid", 1, 1)[len(given) - 2 :])
+        rest: list[Any] = [None, 1, "valid", 1, 1]
+        given: list[Any] = [*node.args, *rest[len(node.args) - 2 :]]
+        x, weight, bias, stride, padding, dilation, groups = given
         kernel = weight.meta["val"].shape[2:]
         stride, dilation = _for_each(stride, len(kernel)), _for_each(dilation, len(kernel))
         total = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
