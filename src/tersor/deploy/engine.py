@@ -49,6 +49,7 @@ class Wishes:
         signed: of any other.
         products: of what a linear layer reads, where that has negative values; None for ``signed``.
         convolution_outputs: whether a convolution's output is wanted as well, and a sum's.
+        linear_outputs: whether a linear layer's output is.
         sums: whether the operands of residual sums are.
         fused_sums: whether a sum is done by the convolution that makes one of its operands, so that only the other
             one is wanted.
@@ -59,6 +60,7 @@ class Wishes:
     non_negative: Mapping[str, Any]
     signed: Mapping[str, Any]
     convolution_outputs: bool = False
+    linear_outputs: bool = False
     sums: bool = True
     fused_sums: bool = False
     added: Mapping[str, Any] | None = None

@@ -108,10 +108,10 @@ class _Config:
             if isinstance(module, (_ConvNd, nn.Linear)):
                 if name not in heads:
                     heads.append(name)
-                read = node.all_input_nodes[0]
-                product = isinstance(module, nn.Linear) and self.wishes.products and not self._is_non_negative(read)
+                read, is_linear = node.all_input_nodes[0], isinstance(module, nn.Linear)
+                product = is_linear and self.wishes.products and not self._is_non_negative(read)
                 self._add(name, "_input_0", read, "products" if product else None)
-                if isinstance(module, _ConvNd) and self.wishes.convolution_outputs:
+                if self.wishes.linear_outputs if is_linear else self.wishes.convolution_outputs:
                     self._add_output(node)
             elif isinstance(module, nn.Embedding) and name not in embeddings:
                 embeddings.append(name)

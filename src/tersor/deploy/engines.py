@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tersor.deploy.engine import Engine
+from tersor.deploy.executorch import ExecuTorch
 from tersor.deploy.inductor import Inductor
 from tersor.deploy.onnx_runtime import OnnxRuntime
 from tersor.deploy.openvino import OpenVino
@@ -12,7 +13,7 @@ from tersor.errors import InvalidValueError, nearest
 
 def engines() -> dict[str, type[Engine]]:
     """All engines by name, in the order in which ``auto`` prefers them."""
-    return {engine.name: engine for engine in (OnnxRuntime, OpenVino, Inductor, TensorRT)}
+    return {engine.name: engine for engine in (OnnxRuntime, OpenVino, Inductor, TensorRT, ExecuTorch)}
 
 
 def engine_of(name: str, *, to_open: bool = False) -> Engine:

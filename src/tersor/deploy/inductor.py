@@ -23,10 +23,11 @@ from tersor.config.dtypes import FloatDtype, QuantDtype
 from tersor.deploy.decomposed import decompose
 from tersor.deploy.engine import UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import Graph, module_of
-from tersor.deploy.inductor_patterns import BYTES, contraction_behind, fit_parameters, merge_limits, round_before_pools
+from tersor.deploy.inductor_patterns import contraction_behind, misfit, round_before_pools
 from tersor.deploy.lowering import Fallback, Program
-from tersor.deploy.movement import dequantize_late
+from tersor.deploy.movement import dequantize_late, merge_limits
 from tersor.deploy.operators import SIGNS
+from tersor.deploy.packing import BYTES, fit_parameters
 from tersor.deploy.placement import gather_numbers, join_twins, unsigned_activations, whole_ranges
 from tersor.errors import CheckpointError, InvalidValueError, TraceError
 from tersor.storage import replacing_file
@@ -91,7 +92,7 @@ class Inductor(Engine):
         gather_numbers(graph)
         whole_ranges(graph)
         merge_limits(graph)
-        fallbacks = fit_parameters(graph)
+        fallbacks = fit_parameters(graph, misfit)
         return graph.close(), fallbacks
 
     def build(self, program: Program, folder: Path, options: Mapping[str, Any]) -> None:

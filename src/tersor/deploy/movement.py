@@ -141,6 +141,23 @@ def _feeds_convolutions(node: fx.Node) -> bool:
     return all(user.target in CONVOLUTIONS and user.args[0] is node for user in readers_of(node))
 
 
+def on_one_grid(graph: Graph) -> None:
+    """Round in front of what only moves or limits values too, where these come from another grid than they go to.
+
+    ``quantize(move(x))`` is ``quantize(move(dequantize(quantize(x))))``. An engine that moves stored numbers then does
+    not take those of one grid for those of another.
+    """
+    for node in graph.calls(QUANTIZE):
+        source: Any = node.args[0]
+        if set(source.users) != {node} or not is_whole_tensor(node) or are_signs(node):
+            continue
+        values = [source.args[0]] if source.target in LIMITS else list(_moved(source))
+        for value in dict.fromkeys(values):
+            if value.target is DEQUANTIZE and not _lies_on(graph, value, node):
+                _, rounded = _round_behind(graph, value, parameters_of(node))
+                source.replace_input_with(value, rounded)
+
+
 def before_pools(graph: Graph) -> None:
     """Quantize in front of a maximum pool and not behind it, so that it runs on small numbers.
 
@@ -170,6 +187,23 @@ def before_pools(graph: Graph) -> None:
                 user.replace_all_uses_with(pool)
                 graph.graph.erase_node(user)
             graph.graph.erase_node(reader)
+
+
+def merge_limits(graph: Graph) -> None:
+    """One limit in place of an activation that is a limit and another behind it: a kernel has one at its end."""
+    for node in graph.calls(_ATEN.clamp.default):
+        x = node.args[0]
+        if not isinstance(x, fx.Node) or x.target not in LIMITS or len(x.users) > 1:
+            continue
+        ends = [*limits_of(x), *limits_of(node)]
+        if any(isinstance(end, fx.Node) for end in ends):
+            continue
+        lows, highs = ([end for end in own if end is not None] for own in (ends[::2], ends[1::2]))
+        low, high = max(lows, default=None), min(highs, default=None)
+        if low is not None and high is not None and low > high:
+            continue  # what is left is one number, and which depends on the order
+        node.args, node.kwargs = (x.args[0], low, high), {}
+        graph.graph.erase_node(x)
 
 
 def readers_of(node: fx.Node) -> list[fx.Node]:

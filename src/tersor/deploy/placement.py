@@ -12,8 +12,10 @@ from tersor.config.dtypes import FloatDtype, IntDtype, parse_dtype
 from tersor.deploy.graph import CHOOSE, DEQUANTIZE, QUANTIZE, Graph, parameters_of, same_grid
 from tersor.deploy.movement import are_signs, pads_convolutions, readers_of
 from tersor.deploy.operators import spread, storage_type
+from tersor.deploy.packing import channels_of
 
 UINT8 = IntDtype(8, signed=False)
+INT8 = IntDtype(8)
 LARGEST_BIAS = 2.0**30
 """The largest number of a bias, half of what int32 holds: what is added to it needs room too."""
 _ATEN = torch.ops.aten
@@ -55,21 +57,29 @@ def unsigned_activations(graph: Graph) -> None:
     Types below eight bits come along, with the range that they have: as values between layers they save nothing, and
     engines compute with bytes. Weights stay as they are.
     """
+    _store_activations(graph, UINT8)
+
+
+def signed_activations(graph: Graph) -> None:
+    """Store values as int8 whose numbers fit: each number of an unsigned type is smaller by 128, and means the same."""
+    _store_activations(graph, INT8)
+
+
+def _store_activations(graph: Graph, wanted: IntDtype) -> None:
     for node in graph.calls(QUANTIZE):
         x, scale, zero_point, kind, low, high, *place = node.args
         shift, dtype = graph.constant(zero_point), parse_dtype(kind)
-        if shift is None or not isinstance(dtype, IntDtype) or dtype.bits > UINT8.bits or dtype == UINT8:
+        if shift is None or not isinstance(dtype, IntDtype) or dtype.bits > wanted.bits or dtype == wanted:
             continue
         if are_signs(node):
             continue
-        by = 128 if dtype.signed else 0
-        shifted = graph.new_constant((shift.int() + by).to(storage_type(UINT8)), f"{node.name}_zero_point")
+        by, held = 128 * (dtype.signed - wanted.signed), storage_type(wanted)
+        shifted = graph.new_constant((shift.int() + by).to(held), f"{node.name}_zero_point")
         with graph.graph.inserting_before(node):
-            value = node.meta["val"].to(torch.uint8)
-            args = (x, scale, shifted, UINT8.as_config(), low + by, high + by, *place)  # pyright: ignore
-            made = graph.call(QUANTIZE, args, node, value)
+            args = (x, scale, shifted, wanted.as_config(), low + by, high + by, *place)  # pyright: ignore
+            made = graph.call(QUANTIZE, args, node, node.meta["val"].to(held))
         for user in list(node.users):
-            _change_reader(user, made, shifted)
+            _change_reader(user, made, shifted, wanted)
         if not node.users:
             graph.graph.erase_node(node)
 
@@ -97,35 +107,56 @@ def integer_biases(graph: Graph) -> None:
     one input does. A kernel would do it anyway, and engines that are told nothing leave the layer in floating point.
     """
     for node in graph.calls(_ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default):
-        x, weight, bias = (*node.args[:3], None)[:3]
-        held = graph.constant(bias)
-        if isinstance(x, fx.Node) and pads_convolutions(x):
-            x = x.args[0]
-        operands = [each for each in (x, weight) if isinstance(each, fx.Node) and each.target is DEQUANTIZE]
-        if held is None or len(operands) < 2 or any(part for part in (*operands[0].args[4:], *operands[1].args[4:])):
+        if (scale := _scale_of_bias(graph, node)) is None:
             continue
-        scales = [graph.constant(each.args[1]) for each in operands]
-        if scales[0] is None or scales[1] is None or scales[0].dim() or not _are_bytes(operands):
-            continue
-        step = scales[1].expand(held.shape).double()
-        coarse = torch.maximum(step, held.abs().double() / (scales[0].double() * LARGEST_BIAS))
-        if not torch.equal(step, coarse) and not _coarsen(graph, operands[1], coarse):
-            continue
-        scale = (scales[0] * coarse.float()).contiguous()
+        bias: Any = node.args[2]
+        held: Any = graph.constant(bias)
         numbers = (held.double() / scale.double()).round()
-        name = bias.name  # pyright: ignore
         constants = [
-            graph.new_constant(value, f"{name}_{hint}")
+            graph.new_constant(value, f"{bias.name}_{hint}")
             for value, hint in (
                 (numbers.to(torch.int32), "numbers"), (scale, "scale"), (torch.zeros_like(numbers).int(), "zero_point"),
             )
         ]  # fmt: skip
         with graph.graph.inserting_before(node):
-            value = graph.call(DEQUANTIZE, (*constants, "int32", 0), node, bias.meta["val"])  # pyright: ignore
-        node.replace_input_with(bias, value)  # pyright: ignore
+            value = graph.call(DEQUANTIZE, (*constants, "int32", 0), node, bias.meta["val"])
+        node.replace_input_with(bias, value)
 
 
-def _coarsen(graph: Graph, weight: fx.Node, scale: torch.Tensor) -> bool:
+def room_for_bias(graph: Graph, node: fx.Node) -> bool:
+    """Store the weight of a layer so that the kernel's int32 holds its bias; whether it does.
+
+    Args:
+        graph: it is changed where the weight needs coarser steps.
+        node: a convolution or linear layer with an input and a weight of stored numbers.
+    """
+    bias = (*node.args[:3], None)[2]
+    return bias is None or _scale_of_bias(graph, node) is not None
+
+
+def _scale_of_bias(graph: Graph, node: fx.Node) -> torch.Tensor | None:
+    """The steps in which an integer kernel adds the bias of a layer; None where it has none, or no room for it."""
+    x, weight, bias = (*node.args[:3], None)[:3]
+    held = graph.constant(bias)
+    if isinstance(x, fx.Node) and pads_convolutions(x):
+        x = x.args[0]
+    operands = [each for each in (x, weight) if isinstance(each, fx.Node) and each.target is DEQUANTIZE]
+    if held is None or len(operands) < 2 or any(part is not None for part in operands[0].args[4:]):
+        return None
+    channels, (axis, block) = channels_of(node), (*operands[1].args[4:], None, None)[:2]
+    if axis not in (None, channels) or block is not None:
+        return None
+    scales = [graph.constant(each.args[1]) for each in operands]
+    if scales[0] is None or scales[1] is None or scales[0].dim() or not _are_bytes(operands):
+        return None
+    step = scales[1].expand(held.shape).double()
+    coarse = torch.maximum(step, held.abs().double() / (scales[0].double() * LARGEST_BIAS))
+    if not torch.equal(step, coarse) and not _coarsen(graph, operands[1], coarse, channels):
+        return None
+    return (scales[0] * coarse.float()).contiguous()
+
+
+def _coarsen(graph: Graph, weight: fx.Node, scale: torch.Tensor, axis: int) -> bool:
     """Store a weight in coarser steps, where nothing else reads it, and say whether that was done.
 
     The weights of a channel that is as good as dead are so small beside its bias that this has no number in their
@@ -135,14 +166,13 @@ def _coarsen(graph: Graph, weight: fx.Node, scale: torch.Tensor) -> bool:
     shift = graph.constant(weight.args[2])
     if numbers is None or own is None or shift is None or len(weight.users) > 1 or bool(shift.any()):
         return False
-    rows = (-1, *(1,) * (numbers.dim() - 1))
-    factor = (own.expand(scale.shape).double() / scale).view(rows)
+    factor = spread(own.expand(scale.shape).double() / scale, numbers, axis, None)
     made = [
         graph.new_constant((numbers.double() * factor).round().to(numbers.dtype), f"{weight.name}_numbers"),
         graph.new_constant(scale.float(), f"{weight.name}_scale"),
         graph.new_constant(torch.zeros_like(scale).to(shift.dtype), f"{weight.name}_zero_point"),
     ]
-    weight.args = (*made, weight.args[3], 0)
+    weight.args = (*made, weight.args[3], axis)
     return True
 
 
@@ -255,10 +285,10 @@ def _look_up(graph: Graph, table: Any, indices: Any, like: fx.Node) -> fx.Node:
     return graph.call(_ATEN.embedding.default, (table, indices), like, value)
 
 
-def _change_reader(user: fx.Node, made: fx.Node, zero_point: fx.Node) -> None:
+def _change_reader(user: fx.Node, made: fx.Node, zero_point: fx.Node, dtype: IntDtype) -> None:
     assert user.target is DEQUANTIZE, f"{user} reads stored numbers"
     _, scale, _, _, *place = user.args
-    user.args = (made, scale, zero_point, UINT8.as_config(), *place)
+    user.args = (made, scale, zero_point, dtype.as_config(), *place)
 
 
 def _on_one_grid(graph: Graph, quantize: fx.Node, dequantize: fx.Node) -> bool:
