@@ -10,11 +10,6 @@ import torch
 from tests.leaks import no_leaks
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run first what forks workers of data loaders: beside native libraries of inference engines a fork has crashed."""
-    items.sort(key=lambda item: item.path.name != "test_offline.py")
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Start every test from the same random state, whichever tests ran before it."""

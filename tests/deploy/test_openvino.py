@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -253,3 +256,30 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         MissingExtraError, match=r"OpenVINO: not installed: openvino. .*pip install 'tersor\[openvino\]'"
     ):
         engine_of("openvino")
+
+
+SIGNALLED = """
+import gc, signal, subprocess, sys, torch
+from tersor.deploy import CompiledModel, QuantizationSpeedup
+signal.signal(signal.SIGCHLD, lambda *_: None)  # as a data loader with workers has it
+x = torch.randn(2, 4)
+first = QuantizationSpeedup(torch.nn.Linear(4, 4), x, engine="openvino").compile()
+first.save(sys.argv[1])
+first(x)
+second = CompiledModel.load(sys.argv[1])
+second(x)
+del first
+gc.collect()
+del second
+gc.collect()
+subprocess.run([sys.executable, "-c", ""], check=True)
+print("alive")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="needs signals for processes that end")
+def test_signals_arrive_after_sessions_have_ended(tmp_path: Path) -> None:
+    """In the order in which they began; with a runtime for each, the process died of its next signal."""
+    command = [sys.executable, "-X", "faulthandler", "-c", SIGNALLED, str(tmp_path / "model")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "alive\n"), ended.stderr

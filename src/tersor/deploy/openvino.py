@@ -7,6 +7,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, final
@@ -110,13 +111,26 @@ class OpenVino(Engine):
         return _Session(folder / self.file, threads, _precision(options))
 
 
+@cache
+def _core() -> Any:
+    """The runtime, one for as long as the process lives.
+
+    On Linux its CPU plugin puts an alternative signal stack on the thread that first loads it, and takes it away with
+    the runtime. Of two runtimes that end in the order in which they began, the second puts back the first's, which is
+    gone, and the next signal (a data loader's worker ends) is a segmentation fault. One that stays cannot do that.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class _Session(Session):
     """Keeps a compiled network for each shape of inputs: fixed shapes run 5 % faster than free ones."""
 
     def __init__(self, path: Path, threads: int | None, precision: str) -> None:
         import openvino
 
-        self._core = openvino.Core()
+        self._core = _core()
         self._settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,
