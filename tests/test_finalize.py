@@ -109,7 +109,7 @@ def test_the_small_model_simulates_what_the_masked_one_does(case):
     kind, config, norms = CASES[case]
     compressor = fused(kind, config, norms=norms)
     final = finalize(compressor, X)
-    assert final.error < 1e-4
+    assert final.error < 1e-12  # the last digits of float32 would now and then round a value the other way
     assert final.model.conv.weight.shape == (4, 2, 3, 3)
     assert final.model.conv2.weight.shape == (4, 4, 3, 3)
     with torch.no_grad():

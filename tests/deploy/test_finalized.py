@@ -36,7 +36,7 @@ def test_fused_finalized_and_deployed():
         teacher_model=teacher,
     )
     final = tersor.finalize(compressor)
-    assert final.error < 1e-4
+    assert final.error < 1e-12  # the last digits of float32 would now and then round a value the other way
     assert final.model.left.out_channels == 3
     compiled = final.deploy("onnxruntime")
     assert compiled.report.coverage == 1
