@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -18,6 +20,7 @@ from tersor.graph.inputs import evaluating, run
 from tersor.targets.plan import make_plan
 from tersor.targets.planned import OUT_CHANNEL
 from tersor.training import Evaluator, check_limits
+from tersor.training.resuming import ResumableRun
 from tersor.training.timeline import Event, Timeline
 from tersor.wrapping import ModelWrappers
 
@@ -225,16 +228,34 @@ class Compressor(ABC):
             else:
                 run(self.model, self.example_inputs)
 
-    def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> Any:
+    def compress(
+        self,
+        max_steps: int | None = None,
+        max_epochs: int | None = None,
+        *,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_steps: int = 100,
+    ) -> Any:
         """Compress: start every fused compressor, train for as long as is asked, finish them.
+
+        With a `checkpoint_dir` a run that was killed goes on: make model, optimizers, schedulers and compressors as
+        before, and call it again. The weights, masks and scales at the end are bit for bit those of a run that was
+        never killed, where the machine computes reproducibly and all that is random comes from the generators of
+        PyTorch, NumPy and Python or those of the data loader. (Workers that persist over epochs have generators of
+        their own.) The file stays when the run is over; called once more, the same result comes without training.
 
         Args:
             max_steps: optimizer steps.
             max_epochs: passes over the data.
+            checkpoint_dir: where ``training.pt`` is kept, which holds everything that a run has come to.
+            checkpoint_steps: how often it is written. What a killed run did since is done again.
 
         Raises:
-            TrainingError: training is needed or asked for, and there is no evaluator or no length.
+            TrainingError: training is needed or asked for, and there is no evaluator or no length; or it cannot be gone
+                on with in the middle: the loop is not that of ``from_loader``, or a pruner trains in rounds, of which
+                it keeps a log of its own.
             InvalidValueError: a length that is no positive int.
+            CheckpointError: the file is damaged, or that of another run.
         """
         check_limits(max_steps, max_epochs)
         given = max_steps is not None or max_epochs is not None
@@ -253,16 +274,44 @@ class Compressor(ABC):
                 where="compress",
                 remedy="Give a TorchEvaluator, or call compress() without a length.",
             )
+        run = None
+        if checkpoint_dir is not None:
+            run = self._resumable(checkpoint_dir, checkpoint_steps, {"max_steps": max_steps, "max_epochs": max_epochs})
         try:
-            self.start()
+            if run is None or not run.resume():
+                self.start()
             trained = any(item.on_train(max_steps, max_epochs) for item in self._chain)
             if not trained and trains and evaluator is not None:
-                evaluator.train(self.model, self, max_steps=max_steps, max_epochs=max_epochs)
+                with run.kept() if run else nullcontext():
+                    evaluator.train(self.model, self, max_steps=max_steps, max_epochs=max_epochs)
         except BaseException:
             self._stop()
             raise
         self.finish()
         return self.result()
+
+    def _resumable(self, directory: str | os.PathLike[str], steps: int, limits: Mapping[str, Any]) -> ResumableRun:
+        """What keeps a run."""
+        rounds = [item.title for item in self._chain if item.trains_in_rounds]
+        if self._trainer is None or rounds:
+            raise TrainingError(
+                f"{rounds[0]} trains in rounds" if rounds else "nothing is trained, and so there is nothing to keep",
+                where="checkpoint_dir",
+                remedy="Give the pruner a log_dir, which keeps the rounds." if rounds else "Leave it out.",
+            )
+        settings = {f"{item.title}.{name}": own for item in self._chain for name, own in item.described().items()}
+        return ResumableRun(self, self._trainer, directory, steps, {**settings, **limits})
+
+    @property
+    def trains_in_rounds(self) -> bool:
+        """Whether :meth:`on_train` runs the training."""
+        return False
+
+    def described(self) -> dict[str, Any]:
+        """What this compressor was asked for, in plain values: two with the same settings do the same."""
+        own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        plain = {name: of for name, of in own.items() if isinstance(of, (bool, int, float, str, type(None)))}
+        return {**plain, **{target.name: target.config.spec.as_config() for target in self.plan.targets}}
 
     def start(self) -> None:
         """Before training; :meth:`compress` calls it. Call it yourself for a training loop of your own."""

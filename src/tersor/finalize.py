@@ -222,6 +222,7 @@ def _doubled(model: nn.Module) -> nn.Module:
     own = copy.deepcopy(model)
     for module in own.modules():
         separate_class(module)
-        for name in [*module.parametrizations] if parametrize.is_parametrized(module) else ():
+        owner: Any = module
+        for name in [*owner.parametrizations] if parametrize.is_parametrized(module) else ():
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return own.double()

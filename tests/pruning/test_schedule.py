@@ -346,7 +346,7 @@ class TestRefusals:
         with pytest.raises(ConflictError, match="LinearPruner has a schedule of its own"):
             AGPPruner(schedule)
         other = LevelPruner.from_compressor(schedule, [{"op_names": ["6"], "sparse_ratio": 0.5}])
-        with pytest.raises(ConflictError, match="another schedule is fused"):
+        with pytest.raises(ConflictError, match="is fused with it, and one of both prunes in rounds"):
             AGPPruner(other)
         with pytest.raises(ConflictError, match=r"LinearPruner\(L1NormPruner\.from_compressor"):
             LinearPruner.from_compressor(schedule, CHANNELS)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, final, get_args
 
@@ -21,6 +20,7 @@ from tersor.distillation.samples import HashedCollate, IndexedCollate, Keyed, Ke
 from tersor.distillation.teacher_cache import TeacherCache
 from tersor.errors import ConflictError, InvalidValueError, TrainingError
 from tersor.training.batches import Distilled
+from tersor.training.position import loader_state, set_loader_state, undrawn
 from tersor.training.random_state import random_state, set_random_state
 
 By = Literal["index", "content"]
@@ -156,6 +156,15 @@ class CachedLoader:
         self.passes += 1
         return self._distilled(iter(self._keyed))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the next pass depends on: its number, and the loader's generators."""
+        return {"passes": self.passes, "loader": loader_state(self.loader)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the pass that was next when :meth:`state_dict` was called."""
+        self.passes = state["passes"]
+        set_loader_state(self.loader, state["loader"])
+
     def fill(self) -> None:
         """Compute what is missing in one pass ahead of training (one for each variant), and write it.
 
@@ -163,7 +172,7 @@ class CachedLoader:
         random state, the loader's generators and `passes` are afterwards as if this had not been called.
         """
         self.cache.refresh()
-        with _put_back(self.loader):
+        with undrawn(self.loader):
             for variant in range(self._variants):
                 keyed, numbered = self._remade(_without_drops(self.loader), known=self.cache)
                 numbered.variant = variant
@@ -259,18 +268,3 @@ def _without_drops(loader: DataLoader[Any]) -> DataLoader[Any]:
     if type(sampler) is BatchSampler:
         sampler = BatchSampler(sampler.sampler, sampler.batch_size, False)
     return _changed(loader, batch_sampler=sampler, drop_last=False, persistent_workers=False)
-
-
-@contextmanager
-def _put_back(loader: DataLoader[Any]) -> Iterator[None]:
-    """Leave all random numbers that a pass over a loader draws as they were."""
-    owners = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-    generators = [getattr(owner, "generator", None) for owner in owners]
-    states = [(one, one.get_state()) for one in generators if isinstance(one, torch.Generator)]
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
-        for generator, kept in states:
-            generator.set_state(kept)

@@ -16,7 +16,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from tersor.compressor import Compressor
 from tersor.config import PruningSpec
 from tersor.errors import CheckpointError, ConflictError, InvalidValueError, SpeedupError, TrainingError
 from tersor.graph.coupling import Masks
@@ -279,11 +278,10 @@ class Rounds:
 
     def _described(self, max_steps: int | None, max_epochs: int | None) -> dict[str, Any]:
         """What makes two runs the same: the settings of all compressors, and those of the rounds."""
-        compressors = (self._schedule.pruner, *self._schedule._chain)
+        chain = self._schedule._chain
         return {
-            "compressors": [type(item).__name__ for item in compressors],
-            **{f"{type(of).__name__}.{name}": value for of in compressors for name, value in _arguments(of).items()},
-            **{target.name: target.config.spec.as_config() for of in compressors for target in of.plan.targets},
+            "compressors": [item.title for item in chain],
+            **{f"{item.title}.{name}": value for item in chain for name, value in item.described().items()},
             "best": self._best,
             "speedup": self._speedup is not None,
             "max_steps": max_steps,
@@ -350,9 +348,3 @@ def _refuse_what_cannot_be_cut(schedule: Stepwise) -> None:
                 where=f"speedup: {target.config.where} on {target.name}",
                 remedy="Leave speedup out, or choose a pruner and a granularity of output channels.",
             )
-
-
-def _arguments(compressor: Compressor) -> dict[str, Any]:
-    """The plain values that a compressor was made with."""
-    own = {name: value for name, value in vars(compressor).items() if not name.startswith("_")}
-    return {name: value for name, value in own.items() if isinstance(value, (bool, int, float, str, type(None)))}

@@ -142,6 +142,16 @@ class ScheduledPruner(Stepwise):
         return False
 
     @property
+    def trains_in_rounds(self) -> bool:
+        """Without an interval."""
+        return self._rounds is not None
+
+    def described(self) -> dict[str, Any]:
+        """The schedule's, and the pruner's."""
+        own = super().described()
+        return {**own, **{f"pruner.{name}": of for name, of in self.pruner.described().items() if name not in own}}
+
+    @property
     def adds_to_loss(self) -> bool:
         """Whether the pruner does."""
         return self.pruner.adds_to_loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -66,6 +66,14 @@ class WeightAverage:
             average = self._averages.get(name)
             if average is not None and average.shape == parameter.shape:
                 parameter.copy_(average)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by name, no copies."""
+        return self._averages
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from these."""
+        self._averages = dict(state)
 
     @contextmanager
     def applied(self, model: Module) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -53,6 +53,21 @@ class CompressorLike(TrainingHooks, Protocol):
         ...
 
 
+class Loop(Protocol):
+    """A training loop that can be left after any step and gone on with later, in another process."""
+
+    on_complete: Callable[[], None] | None
+    """Called after each step, when optimizers, schedulers and averages belong together."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, for ``torch.save``."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next run, with the same limits, go on there."""
+        ...
+
+
 class NoHooks:
     """Trains as if no compressor were there."""
 
@@ -72,7 +87,8 @@ class TrainingResult:
     """How a training went.
 
     Attributes:
-        steps: optimizer steps that were made (of the first optimizer, where there are several).
+        steps: optimizer steps that were made (of the first optimizer, where there are several), those from before a
+            crash included.
         epochs: whole passes over the data, or None where only the user's function knows.
         seconds: wall time.
         stopped: whether the library ended the user's function because ``max_steps`` was reached; False where the
@@ -127,6 +143,11 @@ class Evaluator(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Put back what `state_dict` gave."""
+
+    @property
+    def resumable(self) -> Loop | None:
+        """The loop that `train` runs, where it can be gone on with after a crash; None where only its framework can."""
+        return None
 
     @property
     @abstractmethod

@@ -20,6 +20,7 @@ from tersor.errors import InvalidValueError, TrainingError
 from tersor.training.averaging import WeightAverage
 from tersor.training.batches import length_of, repeatable, take_apart, to_device
 from tersor.training.functions import check_function
+from tersor.training.position import Position, begin_again, skip, undrawn
 
 SchedulerInterval = Literal["epoch", "step"]
 
@@ -67,6 +68,10 @@ class LoaderLoop:
         self._clip_norm = clip_norm
         self._average = None if ema_decay is None else WeightAverage(ema_decay)
         self._averaging = False
+        self._position = Position()
+        self._before: Mapping[str, Any] | None = None
+        self.on_complete: Callable[[], None] | None = None
+        """Called after each step, when optimizers, schedulers and averages belong together: a checkpoint's moment."""
 
     def __call__(
         self,
@@ -89,17 +94,41 @@ class LoaderLoop:
                 where="max_steps",
                 remedy="Give one of them.",
             )
+        before, self._before = self._before, None
+        self._position = Position()
+        if before is not None:
+            over = before["position"]["steps"] == max_steps
+            self._position = begin_again(before["position"], self._loader, over=over)
+            for optimizer in listed(optimizers):
+                optimizer._opt_called = True  # as it was before the crash; schedulers look there for the right order
+        arguments = model, listed(optimizers), training_step, listed(lr_schedulers), max_steps, max_epochs
         if self._average is None:
-            return self._run(model, listed(optimizers), training_step, listed(lr_schedulers), max_steps, max_epochs)
+            return self._run(*arguments, before)
         self._average.forget()
+        if before is not None:
+            self._average.load_state_dict(before["average"])
         self._averaging = True
         try:
-            epochs = self._run(model, listed(optimizers), training_step, listed(lr_schedulers), max_steps, max_epochs)
+            epochs = self._run(*arguments, before)
             self._average.write(model)
         finally:
             self._averaging = False
             self._average.forget()
         return epochs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where a run stands after a step, with the averaged weights; for ``torch.save``."""
+        average = {} if self._average is None else self._average.state_dict()
+        return {"position": self._position.state_dict(), "average": average}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next run, with the same limits, go on where :meth:`state_dict` was called."""
+        self._before = state
+
+    @property
+    def steps_before(self) -> int:
+        """How many steps were made before the crash from which the next run goes on."""
+        return 0 if self._before is None else self._before["position"]["steps"]
 
     def averaged(self, model: Module) -> AbstractContextManager[None]:
         """A context in which `model` has its averaged weights, if it is just being trained and they are averaged."""
@@ -113,31 +142,45 @@ class LoaderLoop:
         schedulers: Sequence[LRScheduler],
         max_steps: int | None,
         max_epochs: int | None,
+        before: Mapping[str, Any] | None,
     ) -> int:
         model.train()
-        steps = epochs = 0
-        while steps != max_steps and epochs != max_epochs:
-            losses: list[float] = []
-            begun = 0  # the first loss of the step that is not complete yet
-            for batches in self._parts():
-                losses += self._descend(model, optimizers, training_step, batches, steps + 1)
+        at = self._position
+        begun = len(at.losses)  # the first loss of the step that is not complete yet
+        # Gone on with after the last step of all, the loop still has that step's epoch to end.
+        while at.losses or (at.steps != max_steps and at.epochs != max_epochs):
+            for batches in () if at.steps == max_steps else self._rest_of_epoch(before):
+                at.losses += self._descend(model, optimizers, training_step, batches, at.steps + 1)
                 if not self._stepped():
                     continue
-                steps += 1
+                at.steps += 1
                 if self._average is not None:
                     self._average.update(model)
                 if self._interval == "step":
-                    _step(schedulers, fmean(losses[begun:]))
-                begun = len(losses)
-                if steps == max_steps:
+                    _step(schedulers, fmean(at.losses[begun:]))
+                begun = len(at.losses)
+                if self.on_complete is not None:
+                    self.on_complete()
+                if at.steps == max_steps:
                     break
-            if not losses:
+            if not at.losses:
                 raise TrainingError("it gave no batch.", where="train_loader", remedy="Give at least one.")
-            if steps != max_steps or len(losses) == length_of(self._loader):
-                epochs += 1
-                if self._interval == "epoch":
-                    _step(schedulers, fmean(losses))
-        return epochs
+            if at.steps == max_steps and len(at.losses) != length_of(self._loader):
+                break
+            if self._interval == "epoch":
+                _step(schedulers, fmean(at.losses))
+            at.end_epoch()
+            begun, before = 0, None
+        return at.epochs
+
+    def _rest_of_epoch(self, before: Mapping[str, Any] | None) -> Iterator[list[Any]]:
+        """The batches of an epoch, or of one that was begun before a crash those that were not descended on yet."""
+        parts = self._parts()
+        if self._position.losses and before is not None:
+            skip(parts, len(self._position.losses), before["position"]["now"])
+        else:
+            self._position.begin_epoch(self._loader)
+        return parts
 
     def _parts(self) -> Iterator[list[Any]]:
         """The batches of one epoch, as many together as make one step."""
@@ -205,7 +248,7 @@ class LoaderLoop:
     def first_inputs(self) -> Any:
         """The inputs of the first batch: a tensor, a tuple of arguments, or a dict of them."""
         # Looking at the data must not change what a seeded run does afterwards.
-        with torch.random.fork_rng(devices=[]):
+        with undrawn(self._loader):
             batch = next(iter(self._loader))
         if self._device is not None:
             batch = to_device(batch, torch.device(self._device))

@@ -22,9 +22,10 @@ class TrainingProgress:
     Args:
         total: the number of steps, or None where it is not known.
         shown: False for no bar at all.
+        made: steps that were made before.
     """
 
-    def __init__(self, total: int | None, *, shown: bool) -> None:
+    def __init__(self, total: int | None, *, shown: bool, made: int = 0) -> None:
         console = Console(stderr=True)
         self._shown = shown and console.is_terminal
         self._bar = Progress(
@@ -39,7 +40,7 @@ class TrainingProgress:
             redirect_stdout=sys.stdout.isatty(),
             disable=not self._shown,
         )
-        self._task = self._bar.add_task("training", total=total, says="")
+        self._task = self._bar.add_task("training", total=total, completed=made, says="")
         self._read = -_SECONDS_BETWEEN_READINGS
 
     def __enter__(self) -> TrainingProgress:

@@ -38,6 +38,7 @@ class CountedSteps:
         hooks: what to call at each loss and step.
         max_steps: the most steps; None where the loop keeps the limit itself.
         progress: the bar to advance.
+        made: steps of the same run that were made before it was broken off.
 
     Attributes:
         count: the steps made so far.
@@ -50,8 +51,9 @@ class CountedSteps:
         hooks: TrainingHooks,
         max_steps: int | None = None,
         progress: TrainingProgress | None = None,
+        made: int = 0,
     ) -> None:
-        self.count = 0
+        self.count = made
         self.stopped = False
         self._optimizer = optimizer
         self._hooks = hooks

@@ -186,19 +186,24 @@ class TorchEvaluator(FunctionEvaluator):
         check_limits(max_steps, max_epochs)
         check_ownership(model, self._optimizers)
         planned = self._loop.planned_steps(max_steps, max_epochs) if self._loop else max_steps
+        made = self._loop.steps_before if self._loop else 0
+        first, hooks = listed(self._optimizers)[0], NoHooks() if hooks is None else hooks
         begun = perf_counter()
         epochs = None
         with (
             modes_kept(model),
-            TrainingProgress(planned, shown=self._progress) as progress,
-            CountedSteps(
-                listed(self._optimizers)[0], NoHooks() if hooks is None else hooks, max_steps, progress
-            ) as steps,
+            TrainingProgress(planned, shown=self._progress, made=made) as progress,
+            CountedSteps(first, hooks, max_steps, progress, made) as steps,
         ):
             step = steps.watch(self._training_step)
             returned = self._training_func(model, self._optimizers, step, self._lr_schedulers, max_steps, max_epochs)
             epochs = returned if self._loop else None
         return TrainingResult(steps.count, epochs, perf_counter() - begun, steps.stopped)
+
+    @property
+    def resumable(self) -> LoaderLoop | None:
+        """The loop of ``from_loader``."""
+        return self._loop
 
     def evaluate(self, model: Module) -> float | None:
         """The metric of `model`, while it trains with averaged weights that of the averages; see the base."""
