@@ -19,7 +19,7 @@ from tersor.targets.plan import make_plan
 from tersor.targets.planned import OUT_CHANNEL
 from tersor.training import Evaluator, check_limits
 from tersor.training.timeline import Event, Timeline
-from tersor.wrapping import ModelWrappers
+from tersor.wrapping import ModelWrappers, is_sharded, refuse_sharded
 
 
 class Compressor(ABC):
@@ -43,10 +43,11 @@ class Compressor(ABC):
 
     Raises:
         ConfigError: the config list is wrong or does not fit the model, which is then untouched.
-        WrapError: the model is already wrapped by a compressor.
+        WrapError: the model is already wrapped by a compressor, or sharded by ``fully_shard``, which comes after.
 
     Attributes:
         plan: what the config list comes to on this model.
+        works_on_shards: whether it can train a model whose parameters are shared out over processes (``fully_shard``).
     """
 
     mode: ClassVar[Mode]
@@ -55,6 +56,7 @@ class Compressor(ABC):
     """Whether it never trains, and looks at the model when all others have finished."""
     default_granularity: Granularity = OUT_CHANNEL
     default_balance: Granularity | None = None
+    works_on_shards: bool = False
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class Compressor(ABC):
         example_inputs: Any = None,
         previous: Compressor | None = None,
     ) -> None:
+        refuse_sharded(model, remedy="Make the compressors first, then call fully_shard, and make the optimizer last.")
         self.model = model
         self.evaluator = evaluator or (previous.evaluator if previous else None)
         if example_inputs is None and previous is not None:
@@ -140,6 +143,21 @@ class Compressor(ABC):
                     remedy="Give each target to one compressor of a kind: exclude it from one of the config lists.",
                 )
 
+    def refuse_shards(self) -> None:
+        """Raise where ``fully_shard`` has shared out parameters that a compressor needs whole.
+
+        Raises:
+            ConflictError: naming the compressor.
+        """
+        unable = [item.title for item in self._chain if not item.works_on_shards]
+        if unable and is_sharded(self.model):
+            raise ConflictError(
+                f"{', '.join(unable)} works on whole parameters, and fully_shard has shared them out over processes",
+                where=type(self.model).__name__,
+                remedy="Train with DistributedDataParallel, or DeepSpeed's ZeRO up to stage 2; docs/many_machines.md "
+                "says what goes with FSDP2.",
+            )
+
     @property
     def chain(self) -> tuple[Compressor, ...]:
         """All compressors that work on the model together, in the order in which they were made."""
@@ -203,7 +221,8 @@ class Compressor(ABC):
     def unwrap_model(self, *, bake: bool = False) -> nn.Module:
         """Give the model back as it was, apart from what training changed. Affects all fused compressors.
 
-        What watches training ends with it.
+        What watches training ends with it. A model that ``fully_shard`` was called on is gathered: each process, and
+        all have to call it, has the whole model afterwards.
 
         Args:
             bake: write the masked or quantized values into the parameters first; otherwise the latent ones stay.
@@ -265,7 +284,12 @@ class Compressor(ABC):
         return self.result()
 
     def start(self) -> None:
-        """Before training; :meth:`compress` calls it. Call it yourself for a training loop of your own."""
+        """Before training; :meth:`compress` calls it. Call it yourself for a training loop of your own.
+
+        Raises:
+            ConflictError: the model is sharded (``fully_shard``), and a compressor needs whole parameters.
+        """
+        self.refuse_shards()
         self.wrappers.attach()
         for item in self._chain:
             item.on_start()

@@ -84,6 +84,7 @@ class ScheduledPruner(Stepwise):
         self.model, self.example_inputs, self._chain = pruner.model, pruner.example_inputs, pruner._chain
         self.evaluator = pruner.evaluator or evaluator
         self._gradients_seen = False
+        self.works_on_shards = type(self).works_on_shards and pruner.works_on_shards and interval_steps is not None
         self.share()
         self._chain[self._chain.index(pruner)] = self
         self.interval_steps, self.total_times = interval_steps, total_times
@@ -278,7 +279,7 @@ class ScheduledPruner(Stepwise):
         """The pruner's."""
         self.pruner.gather()
 
-    def collect(self) -> dict[str, Tensor]:
+    def collect(self) -> Mapping[str, Tensor]:
         """The pruner's."""
         return self.pruner.collect()
 
