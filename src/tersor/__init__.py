@@ -32,6 +32,7 @@ from tersor.targets.settings import PruningSetting as PruningSetting
 from tersor.targets.settings import QuantizationSetting as QuantizationSetting
 from tersor.training import Evaluator as Evaluator
 from tersor.training import TorchEvaluator as TorchEvaluator
+from tersor.wrapping import gather_model as gather_model
 
 if TYPE_CHECKING:
     from tersor.training import AccelerateEvaluator as AccelerateEvaluator

@@ -28,7 +28,7 @@ from tersor.speedup.attention import narrow_attention
 from tersor.speedup.resize import CORRECTED, size_attributes
 from tersor.speedup.slicing import Snapshot
 from tersor.storage import read_tensors, replacing_folder, sha256_of, write_tensors, write_text
-from tersor.wrapping import is_wrapped
+from tersor.wrapping import is_wrapped, refuse_sharded
 
 TENSORS_FILE = "model.safetensors"
 ARCHITECTURE_FILE = "architecture.json"
@@ -71,6 +71,8 @@ class Architecture(BaseModel):
 def save(model: nn.Module, directory: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None) -> Path:
     """Save a model, pruned or not, whole or not at all; an older checkpoint in the folder is replaced.
 
+    Where several processes train, one of them calls it.
+
     Args:
         model: the unwrapped model. It is not changed.
         directory: a folder of the checkpoint's own, made if missing.
@@ -81,6 +83,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, metadata: Mappi
 
     Raises:
         CheckpointError: the model is still wrapped, the folder holds other files, or something cannot be saved.
+        WrapError: its parameters are shared out over processes (``fully_shard``).
 
     Example:
         >>> import tempfile
@@ -92,6 +95,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], *, metadata: Mappi
         (Linear(in_features=8, out_features=2, bias=True), True)
     """
     directory = Path(directory)
+    refuse_sharded(model)
     _refuse_wrapped(model)
     _refuse_graph(model)
     _refuse_foreign_folder(directory)

@@ -22,7 +22,7 @@ from tersor.targets.planned import OUT_CHANNEL
 from tersor.training import Evaluator, check_limits
 from tersor.training.resuming import ResumableRun
 from tersor.training.timeline import Event, Timeline
-from tersor.wrapping import ModelWrappers
+from tersor.wrapping import ModelWrappers, is_sharded, refuse_sharded
 
 
 class Compressor(ABC):
@@ -46,10 +46,11 @@ class Compressor(ABC):
 
     Raises:
         ConfigError: the config list is wrong or does not fit the model, which is then untouched.
-        WrapError: the model is already wrapped by a compressor.
+        WrapError: the model is already wrapped by a compressor, or sharded by ``fully_shard``, which comes after.
 
     Attributes:
         plan: what the config list comes to on this model.
+        works_on_shards: whether it can train a model whose parameters are shared out over processes (``fully_shard``).
     """
 
     mode: ClassVar[Mode]
@@ -58,6 +59,7 @@ class Compressor(ABC):
     """Whether it never trains, and looks at the model when all others have finished."""
     default_granularity: Granularity = OUT_CHANNEL
     default_balance: Granularity | None = None
+    works_on_shards: bool = False
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class Compressor(ABC):
         example_inputs: Any = None,
         previous: Compressor | None = None,
     ) -> None:
+        refuse_sharded(model, remedy="Make the compressors first, then call fully_shard, and make the optimizer last.")
         self.model = model
         self.evaluator = evaluator or (previous.evaluator if previous else None)
         if example_inputs is None and previous is not None:
@@ -143,6 +146,21 @@ class Compressor(ABC):
                     remedy="Give each target to one compressor of a kind: exclude it from one of the config lists.",
                 )
 
+    def refuse_shards(self) -> None:
+        """Raise where ``fully_shard`` has shared out parameters that a compressor needs whole.
+
+        Raises:
+            ConflictError: naming the compressor.
+        """
+        unable = [item.title for item in self._chain if not item.works_on_shards]
+        if unable and is_sharded(self.model):
+            raise ConflictError(
+                f"{', '.join(unable)} works on whole parameters, and fully_shard has shared them out over processes",
+                where=type(self.model).__name__,
+                remedy="Train with DistributedDataParallel, or DeepSpeed's ZeRO up to stage 2; docs/many_machines.md "
+                "says what goes with FSDP2.",
+            )
+
     @property
     def chain(self) -> tuple[Compressor, ...]:
         """All compressors that work on the model together, in the order in which they were made."""
@@ -206,7 +224,8 @@ class Compressor(ABC):
     def unwrap_model(self, *, bake: bool = False) -> nn.Module:
         """Give the model back as it was, apart from what training changed. Affects all fused compressors.
 
-        What watches training ends with it.
+        What watches training ends with it. A model that ``fully_shard`` was called on is gathered: each process, and
+        all have to call it, has the whole model afterwards.
 
         Args:
             bake: write the masked or quantized values into the parameters first; otherwise the latent ones stay.
@@ -299,8 +318,7 @@ class Compressor(ABC):
                 where="checkpoint_dir",
                 remedy="Give the pruner a log_dir, which keeps the rounds." if rounds else "Leave it out.",
             )
-        settings = {f"{item.title}.{name}": own for item in self._chain for name, own in item.described().items()}
-        return ResumableRun(self, self._trainer, directory, steps, {**settings, **limits})
+        return ResumableRun(self, self._trainer, directory, steps, {**self.chain_described(), **limits})
 
     @property
     def trains_in_rounds(self) -> bool:
@@ -308,13 +326,29 @@ class Compressor(ABC):
         return False
 
     def described(self) -> dict[str, Any]:
-        """What this compressor was asked for, in plain values: two with the same settings do the same."""
+        """What this compressor was asked for, in plain values: where they are equal, two do the same."""
         own = {name: value for name, value in vars(self).items() if not name.startswith("_")}
         plain = {name: of for name, of in own.items() if isinstance(of, (bool, int, float, str, type(None)))}
-        return {**plain, **{target.name: target.config.spec.as_config() for target in self.plan.targets}}
+        return {
+            **{f"{type(self).__name__}.{name}": value for name, value in plain.items()},
+            **{f"{target.name} ({self.mode})": target.config.spec.as_config() for target in self.plan.targets},
+        }
+
+    def chain_described(self) -> dict[str, Any]:
+        """The same of all fused compressors, whose order counts too."""
+        found: dict[str, Any] = {"compressors": [item.title for item in self._chain]}
+        for number, item in enumerate(self._chain):
+            for name, value in item.described().items():
+                found[name if name not in found else f"{name} [{number}]"] = value
+        return found
 
     def start(self) -> None:
-        """Before training; :meth:`compress` calls it. Call it yourself for a training loop of your own."""
+        """Before training; :meth:`compress` calls it. Call it yourself for a training loop of your own.
+
+        Raises:
+            ConflictError: the model is sharded (``fully_shard``), and a compressor needs whole parameters.
+        """
+        self.refuse_shards()
         self.wrappers.attach()
         for item in self._chain:
             item.on_start()

@@ -26,7 +26,7 @@ from tersor.quantization.base import CalibrationConfig, Quantizer
 from tersor.quantization.training import TrainingQuantizer
 from tersor.speedup.verify import outputs_of, relative_error
 from tersor.storage import save_calibration
-from tersor.wrapping import ModelWrappers
+from tersor.wrapping import ModelWrappers, refuse_sharded
 from tersor.wrapping.wrapper import separate_class
 
 CALIBRATION_FILE = "calibration.safetensors"
@@ -122,6 +122,7 @@ def finalize(
         InvalidValueError: no example inputs, a model that is unwrapped, or a quantizer that has no scales yet.
         SpeedupError: sizes stand in the code of a module whose inputs or outputs are quantized as a whole.
         VerificationError: the small model computes something else.
+        WrapError: its parameters are shared out over processes (``fully_shard``).
 
     Example:
         >>> import torch
@@ -145,6 +146,7 @@ def finalize(
             where="example_inputs",
             remedy="Give example inputs: a tensor, a tuple of positional or a mapping of keyword arguments.",
         )
+    refuse_sharded(compressor.model)
     plain = plain_copy(compressor)
     small = make_small(plain, example_inputs, round_to=round_to, tolerance=tolerance)
     latent = make_small(

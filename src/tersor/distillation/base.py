@@ -39,6 +39,7 @@ class Distiller(Compressor):
 
     mode = "distillation"
     needs_training = True
+    works_on_shards = True
 
     @abstractmethod
     def distillation_loss(self, observed: Mapping[str, Tensor], batch: Any) -> Tensor:

@@ -43,6 +43,8 @@ class AGPPruner(ScheduledPruner):
         [0.4625, 0.7, 0.7875, 0.8]
     """
 
+    works_on_shards = True
+
     def __init__(
         self,
         pruner: Pruner,

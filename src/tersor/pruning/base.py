@@ -27,8 +27,9 @@ from tersor.targets.activations import values_at
 from tersor.targets.choices import choices
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
-from tersor.training.ranks import of_first_process
+from tersor.training.ranks import is_joined, of_first_process
 from tersor.training.timeline import Event
+from tersor.wrapping import whole
 from tersor.wrapping.stack import as_bool, compact
 
 
@@ -63,7 +64,7 @@ class Pruner(Compressor):
             one score for each block, shape ``blocks.grid``; the highest live.
         """
 
-    def collect(self) -> dict[str, Tensor]:
+    def collect(self) -> Mapping[str, Tensor]:
         """The values to score for each target, by its name.
 
         A parameter's are its latent values; an input's or output's what passes in a run on the example inputs.
@@ -71,7 +72,11 @@ class Pruner(Compressor):
         """
         activations = [target.place for target in self._scored() if is_activation(target.config.target_name)]
         passed = values_at(self.model, self.example_inputs, activations) if activations else {}
-        return {t.name: passed[t.place] if t.place in passed else self._latent(t) for t in self._scored()}
+
+        def values(target: PlannedTarget) -> Tensor:
+            return passed[target.place] if target.place in passed else self._latent(target)
+
+        return OnDemand({target.name: partial(values, target) for target in self._scored()})
 
     def importance(self) -> Mapping[str, Tensor]:
         """One score for each block of each target, by its name: :meth:`collect`, then :meth:`score`.
@@ -80,10 +85,11 @@ class Pruner(Compressor):
         one.
         """
         collected = self.collect()
-        return OnDemand({t.name: partial(self._score_of, t, collected[t.name]) for t in self._scored()})
+        return OnDemand({target.name: partial(self._score_of, target, collected) for target in self._scored()})
 
-    def _score_of(self, target: PlannedTarget, values: Tensor) -> Tensor:
+    def _score_of(self, target: PlannedTarget, collected: Mapping[str, Tensor]) -> Tensor:
         assert target.blocks is not None
+        values = collected[target.name]
         # The values of an input or output may be those of several samples.
         own = target.blocks.of(values.shape) if is_activation(target.config.target_name) else target.blocks
         return self.score(values, own)
@@ -142,7 +148,9 @@ class Pruner(Compressor):
         Raises:
             EmptyLayerError: a layer would be left without anything.
             ConfigError: nothing at all would be pruned.
+            ConflictError: the model is sharded, and this pruner needs whole parameters.
         """
+        self.refuse_shards()
         with torch.no_grad():
             self.refuse_nothing()
             keep = decide(choices(self.plan.targets), self.importance(), ratio_now)
@@ -268,13 +276,27 @@ class Pruner(Compressor):
             mask = self.wrappers.mask(target.config.module_name, target.config.target_name)
             mask.method = spec.apply_method or "mul"
             mask.value = spec.apply_value
+        if is_joined():
+            self._make_places()
+
+    def _make_places(self) -> None:
+        """Make a stack wherever the graph may carry masks to: once ``fully_shard`` was called none can be made."""
+        own = {target.name for target in self.plan.targets}
+        groups = () if self.plan.coupling is None else self.plan.coupling.groups
+        members = [{member.name for member in group.members} for group in groups if group.frozen is None]
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name in sorted({name for names in members if names & own for name in names}):
+            module, _, target = name.rpartition(".")
+            if name in parameters:
+                for place in self.wrappers.tied(module, target):
+                    self.wrappers[place[0]].stack(place[1])
 
     def _scored(self) -> list[PlannedTarget]:
         """Targets that this pruner makes a mask for by itself."""
         return [target for target in self.plan.targets if target.decides]
 
     def _latent(self, target: PlannedTarget) -> Tensor:
-        return self.wrappers[target.config.module_name].tensor(target.config.target_name).detach()
+        return whole(self.wrappers[target.config.module_name].tensor(target.config.target_name).detach())
 
     def _shape(self, module: str, target: str) -> torch.Size | None:
         """A target's shape; the model is run once where that is how an input's or output's shape becomes known."""

@@ -29,6 +29,8 @@ class FPGMPruner(Pruner):
         example_inputs: see :class:`tersor.compressor.Compressor`.
     """
 
+    works_on_shards = True
+
     def score(self, values: Tensor, blocks: Blocks) -> Tensor:
         """Sum of L2 distances to all other blocks."""
         return geometric_median_distance(values, blocks)

@@ -37,6 +37,7 @@ class LevelPruner(Pruner):
         5
     """
 
+    works_on_shards = True
     default_granularity = ELEMENTS
 
     def score(self, values: Tensor, blocks: Blocks) -> Tensor:

@@ -22,6 +22,8 @@ class LinearPruner(ScheduledPruner):
         4
     """
 
+    works_on_shards = True
+
     def ratio_at(self, ratio: float, times: int) -> float:
         """Proportional to the number of prunings."""
         return ratio * times / self.total_times

@@ -78,6 +78,7 @@ class MovementPruner(Pruner):
         [True, True, True, True, False, False, False, False]
     """
 
+    works_on_shards = True
     needs_training = True
 
     def __init__(

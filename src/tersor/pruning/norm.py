@@ -37,6 +37,8 @@ class L1NormPruner(Pruner):
         [('0', (8, 1, 3, 3), 36)]
     """
 
+    works_on_shards = True
+
     def score(self, values: Tensor, blocks: Blocks) -> Tensor:
         """L1 norm of each block."""
         return block_norm(values, blocks, p=1)
@@ -57,6 +59,8 @@ class L2NormPruner(Pruner):
         evaluator: only needed when ``compress`` is to fine-tune.
         example_inputs: see :class:`tersor.compressor.Compressor`.
     """
+
+    works_on_shards = True
 
     def score(self, values: Tensor, blocks: Blocks) -> Tensor:
         """L2 norm of each block."""

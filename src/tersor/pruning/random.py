@@ -36,6 +36,8 @@ class RandomPruner(Pruner):
         4
     """
 
+    works_on_shards = True
+
     def __init__(
         self,
         model: torch.nn.Module,

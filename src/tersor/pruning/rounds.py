@@ -278,10 +278,8 @@ class Rounds:
 
     def _described(self, max_steps: int | None, max_epochs: int | None) -> dict[str, Any]:
         """What makes two runs the same: the settings of all compressors, and those of the rounds."""
-        chain = self._schedule._chain
         return {
-            "compressors": [item.title for item in chain],
-            **{f"{item.title}.{name}": value for item in chain for name, value in item.described().items()},
+            **self._schedule.chain_described(),
             "best": self._best,
             "speedup": self._speedup is not None,
             "max_steps": max_steps,

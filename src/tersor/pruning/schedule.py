@@ -84,6 +84,7 @@ class ScheduledPruner(Stepwise):
         self.model, self.example_inputs, self._chain = pruner.model, pruner.example_inputs, pruner._chain
         self.evaluator = pruner.evaluator or evaluator
         self._gradients_seen = False
+        self.works_on_shards = type(self).works_on_shards and pruner.works_on_shards and interval_steps is not None
         self.share()
         self._chain[self._chain.index(pruner)] = self
         self.interval_steps, self.total_times = interval_steps, total_times
@@ -148,8 +149,7 @@ class ScheduledPruner(Stepwise):
 
     def described(self) -> dict[str, Any]:
         """The schedule's, and the pruner's."""
-        own = super().described()
-        return {**own, **{f"pruner.{name}": of for name, of in self.pruner.described().items() if name not in own}}
+        return {**super().described(), **self.pruner.described()}
 
     @property
     def adds_to_loss(self) -> bool:
@@ -288,7 +288,7 @@ class ScheduledPruner(Stepwise):
         """The pruner's."""
         self.pruner.gather()
 
-    def collect(self) -> dict[str, Tensor]:
+    def collect(self) -> Mapping[str, Tensor]:
         """The pruner's."""
         return self.pruner.collect()
 

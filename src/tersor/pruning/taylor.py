@@ -14,6 +14,7 @@ from tersor.pruning.scores import block_norm
 from tersor.targets.granularity import Blocks
 from tersor.targets.planned import PlannedTarget
 from tersor.training.ranks import mean_over_processes
+from tersor.wrapping import whole
 
 
 @final
@@ -55,6 +56,8 @@ class TaylorPruner(LearningPruner):
         4
     """
 
+    works_on_shards = True
+
     def begin(self) -> None:
         """Look at the gradients of inputs and outputs."""
         for target in self._scored():
@@ -67,7 +70,7 @@ class TaylorPruner(LearningPruner):
             if not is_activation(target.config.target_name):
                 latent = self.wrappers[target.config.module_name].tensor(target.config.target_name)
                 if latent.grad is not None:
-                    self.add(target, squared_change(latent, latent.grad))
+                    self.add(target, squared_change(whole(latent), whole(latent.grad)))
 
     def collect(self) -> dict[str, Tensor]:
         """The mean of the squared products, over the steps and over all processes.

@@ -228,6 +228,8 @@ class Quantizer(Compressor):
                     where=f"fuse_names {group.names}",
                     remedy="Leave the norm out of the group, or fold it for good first, with fuse_modules.",
                 )
+        if self.folded_norms():
+            self.works_on_shards = False  # the fold reads the norm's parameters, wherever they are by then
         if self.plan.fused and self.example_inputs is not None:
             with self.wrappers.detached(), suppress(TraceError):  # without a graph the names are believed
                 check_calls(self.model, self.plan.fused.values(), self.example_inputs)

@@ -59,6 +59,7 @@ class LsqQuantizer(LearnedScaleQuantizer):
         torch.Size([8, 1])
     """
 
+    works_on_shards = True
     methods = frozenset({"lsq_clamp_round"})
 
     def form(self, target: PlannedTarget) -> Format:

@@ -65,6 +65,7 @@ class LsqPlusQuantizer(LearnedScaleQuantizer):
         True
     """
 
+    works_on_shards = True
     methods = frozenset({"lsq_plus_clamp_round"})
 
     def form(self, target: PlannedTarget) -> Format:

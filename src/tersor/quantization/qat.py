@@ -76,6 +76,7 @@ class QATQuantizer(TrainingQuantizer):
         [True, True, True, True, True, True, True, True]
     """
 
+    works_on_shards = True
     methods = frozenset({"qat_clamp_round"})
 
     def __init__(

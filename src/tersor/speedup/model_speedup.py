@@ -23,7 +23,7 @@ from tersor.speedup.rounding import round_up_kept
 from tersor.speedup.trial import Options, Small, Trial
 from tersor.speedup.verify import divergence_error
 from tersor.storage import load_masks
-from tersor.wrapping import is_wrapped
+from tersor.wrapping import is_wrapped, refuse_sharded
 from tersor.wrapping.stack import as_bool, check_shape, compact
 
 GRAPH_RETURNED = (
@@ -152,6 +152,7 @@ class ModelSpeedup:
                 "parameters that are made in inference mode can never be trained",
                 remedy="Call it outside torch.inference_mode().",
             )
+        refuse_sharded(model)
         if is_wrapped(model):
             raise WrapError("the model is still wrapped", remedy="Call unwrap_model() of its compressor first.")
         given = load_masks(masks_or_file) if isinstance(masks_or_file, (str, os.PathLike)) else masks_or_file

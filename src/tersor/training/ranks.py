@@ -13,9 +13,14 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def is_joined() -> bool:
+    """Whether ``torch.distributed`` is in use, be it by one process."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def processes() -> int:
     """How many processes train together; 1 outside of ``torch.distributed``."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_joined() else 1
 
 
 def process() -> int:

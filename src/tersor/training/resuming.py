@@ -10,13 +10,13 @@ from typing import Any, Protocol, final
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from tersor.errors import CheckpointError, InvalidValueError, TrainingError
 from tersor.storage import replacing_file
 from tersor.training.evaluator import Evaluator, Loop
 from tersor.training.random_state import random_state
 from tersor.training.ranks import is_first_process, of_each_process, process
+from tersor.wrapping.sharding import refuse_sharded
 
 CHECKPOINT_FILE = "training.pt"
 
@@ -52,7 +52,8 @@ class ResumableRun:
 
     Raises:
         InvalidValueError: `interval` is no number of steps.
-        TrainingError: the evaluator's loop cannot be gone on with, or the model is sharded.
+        TrainingError: the evaluator's loop cannot be gone on with.
+        WrapError: the model is sharded.
     """
 
     def __init__(
@@ -67,12 +68,11 @@ class ResumableRun:
             raise InvalidValueError(
                 f"{interval!r} is no number of steps.", where="checkpoint_steps", legal=("a positive int",)
             )
-        if any(isinstance(parameter, DTensor) for parameter in compressor.model.parameters()):
-            raise TrainingError(
-                "the model is sharded, and one process writes the whole state.",
-                where="checkpoint_dir",
-                remedy="Save compressor.state_dict() beside a torch.distributed.checkpoint of your own.",
-            )
+        refuse_sharded(
+            compressor.model,
+            remedy="One process writes the whole state: save compressor.state_dict() beside a "
+            "torch.distributed.checkpoint of your own.",
+        )
         self._loop = _loop_of(evaluator)
         self._compressor = compressor
         self._evaluator = evaluator

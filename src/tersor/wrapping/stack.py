@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tersor.errors import ConflictError, MaskError
+from tersor.wrapping.sharding import whole
 
 ApplyMethod = Literal["bypass", "mul", "add"]
 
@@ -82,7 +83,8 @@ class TargetStack(nn.Module):
         return transform if isinstance(transform, Transform) else None
 
     def forward(self, value: Tensor) -> Tensor:
-        """The value after all transforms."""
+        """The value after all transforms; of a parameter that is shared out over processes the whole value."""
+        value = whole(value)
         for stage in Stage:
             transform = self.find(stage)
             if transform is not None:

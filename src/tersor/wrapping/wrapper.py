@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tersor.errors import UnmatchedError, WrapError, nearest
 from tersor.targets.activations import INPUT, OUTPUT, replace_input, replace_output
+from tersor.wrapping.sharding import GATHER, is_managed
 from tersor.wrapping.stack import TargetStack
 
 WEIGHTS = "weights"
@@ -177,7 +178,16 @@ def _register(module: nn.Module, target: str, stack: TargetStack) -> None:
 
     torch sets it anew, and what hangs on its gradient (the hooks of ``DistributedDataParallel``) is lost. So a stand-in
     takes its place meanwhile.
+
+    Raises:
+        WrapError: ``fully_shard`` puts the parameter where it was when it was called.
     """
+    if target in module._parameters and is_managed(module):
+        raise WrapError(
+            "its parameters are shared out over processes (fully_shard), and it was no target before that",
+            where=stack.target,
+            remedy=f"Make it a target of a compressor before fully_shard is called; or: {GATHER}",
+        )
     registry: Any = module._parameters if target in module._parameters else module._buffers
     tensor = registry.get(target)
     if tensor is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tersor.errors import MaskError, UnmatchedError, WrapError, nearest
 from tersor.graph.inputs import named_tensors
 from tersor.targets.activations import INPUT, OUTPUT, Place
+from tersor.wrapping.sharding import gather_model, refuse_sharded
 from tersor.wrapping.stack import Mask, Stage, TargetStack, as_bool, check_shape
 from tersor.wrapping.wrapper import SIMULATION_HOOKS, Wrapper
 
@@ -54,14 +55,23 @@ class ModelWrappers:
             wrapper.attach()
 
     def detach(self, *, bake: bool = False) -> None:
-        """Stop simulating; ``bake`` writes the simulated values into the parameters first."""
+        """Stop simulating; ``bake`` writes the simulated values into the parameters first.
+
+        A sharded model is gathered: what shares parameters out knows where they were when it was called.
+        """
+        gather_model(self.model)
         baked: set[int] = set()
         for wrapper in self.by_module.values():
             wrapper.detach(bake=bake, baked=baked)
 
     @contextmanager
     def detached(self) -> Iterator[None]:
-        """The plain model for a while."""
+        """The plain model for a while.
+
+        Raises:
+            WrapError: the model is sharded (``fully_shard``).
+        """
+        refuse_sharded(self.model)
         attached = [wrapper for wrapper in self.by_module.values() if wrapper.attached]
         for wrapper in attached:
             wrapper.detach()
