@@ -107,6 +107,45 @@ def test_plan_says_in_words_what_the_table_cannot(call, recipe):
     assert words["fine-tuning"] == "1 epoch, 2 steps in each round, with SGD at learning rate 0.01 (constant)"
 
 
+@pytest.mark.usefixtures("unwrapped")
+class TestFused:
+    @pytest.fixture
+    def fused(self, recipe):
+        return recipe(
+            pruning={
+                "config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}],
+                "schedule": {"interval_steps": 1, "total_times": 2},
+            },
+            quantization=[{"op_types": ["Conv2d"], "target_names": ["weight"], "quant_dtype": "int8"}],
+            distillation={"distiller": "LogitDistiller", "teacher": {"build": "tests.recipe.toy:teacher"}},
+        )
+
+    def test_plan_shows_each_of_them_and_what_happens_when(self, call, fused):
+        text = call("plan", fused).stdout
+        assert "after step 2" in text
+        assert "prunes, 0.5 -> 0.5" in text
+        document = json.loads(call("plan", fused, "--json").stdout)
+        titles = ["AGPPruner(L1NormPruner)", "QATQuantizer", "LogitDistiller"]
+        assert [own["compressor"] for own in document["plans"]] == titles
+        assert len(document["timeline"]["events"]) == 4
+        words = document["words"]
+        assert list(words) == ["pruner", "schedule", "quantizer", "distiller", "teacher", "training"]
+        assert words["schedule"].startswith("AGPPruner prunes 2 times, every 1 step of the fine-tuning.")
+        assert "temperature=4.0). Draws the student's answers to the teacher's" in words["distiller"]
+        assert words["teacher"] == "tests.recipe.toy:teacher"
+        why = call("plan", fused, "--explain", "conv1").stdout
+        assert "int8" in why
+        assert "lives and dies with" in why
+
+    def test_run_leaves_what_is_deployed_as_it_was_quantized(self, call, fused, tmp_path):
+        document = json.loads(call("run", fused, "--json").stdout)
+        assert document["comparison"]["after"]["macs"] == 6488
+        assert document["fused"]["fallbacks"] == []
+        assert (tmp_path / "run" / "checkpoint" / "calibration.safetensors").is_file()
+        again = json.loads(call("run", fused, "--json").stdout)
+        assert again["comparison"]["after"]["accuracy"] == document["comparison"]["after"]["accuracy"]
+
+
 def test_plan_says_how_single_weights_are_pruned(call, recipe):
     path = recipe(
         pruning={"pruner": "WandaPruner", "config_list": [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]},

@@ -159,6 +159,16 @@ def test_it_is_saved_and_loaded(tmp_path):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_it_is_saved_again_in_the_same_folder(tmp_path):
+    final = finalize(fused(QATQuantizer), X)
+    final.save(tmp_path / "small")
+    folder = final.save(tmp_path / "small", metadata={"accuracy": 0.5})
+    assert tersor.checkpoint.read_architecture(folder).metadata == {"accuracy": 0.5}
+    assert tersor.load_calibration(folder / "calibration.safetensors").keys() == final.calibration.keys()
+    tersor.save(Net(), folder)  # one that is not quantized
+    assert sorted(path.name for path in folder.iterdir()) == ["architecture.json", "model.safetensors"]
+
+
 def test_masks_that_could_not_leave_stay_while_it_trains_on():
     model = Net()
     pruner = LevelPruner(model, [{"op_names": ["conv2"], "sparse_ratio": 0.75}], example_inputs=X)

@@ -27,7 +27,7 @@ from tersor.graph.inputs import named_tensors
 from tersor.speedup.attention import narrow_attention
 from tersor.speedup.resize import CORRECTED, size_attributes
 from tersor.speedup.slicing import Snapshot
-from tersor.storage import read_tensors, replacing_folder, sha256_of, write_tensors, write_text
+from tersor.storage import CALIBRATION_FILE, read_tensors, replacing_folder, sha256_of, write_tensors, write_text
 from tersor.wrapping import is_wrapped, refuse_sharded
 
 TENSORS_FILE = "model.safetensors"
@@ -292,7 +292,7 @@ def _refuse_foreign_folder(directory: Path) -> None:
     """Replacing a checkpoint deletes the older folder, so it must hold nothing else."""
     if directory.exists() and not directory.is_dir():
         raise CheckpointError("is a file", where=str(directory), remedy="Give a folder of the checkpoint's own.")
-    others = {path.name for path in directory.glob("*")} - {TENSORS_FILE, ARCHITECTURE_FILE}
+    others = {path.name for path in directory.glob("*")} - {TENSORS_FILE, ARCHITECTURE_FILE, CALIBRATION_FILE}
     if others:
         raise CheckpointError(
             f"holds other files too ({_few(others)}), which replacing the folder would delete",

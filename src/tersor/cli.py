@@ -29,12 +29,21 @@ from tersor.deploy.engines import engine_of
 from tersor.deploy.record import is_deployment
 from tersor.errors import ConfigError, InvalidValueError, TersorError
 from tersor.graph import groups as coupling_groups
-from tersor.recipe import Data, build_data, build_model, catalogue, describe, prepare, read_recipe, run_recipe
+from tersor.recipe import (
+    Data,
+    PreparedFusion,
+    build_data,
+    build_model,
+    catalogue,
+    describe,
+    prepare,
+    prepare_fusion,
+    read_recipe,
+    run_recipe,
+)
 from tersor.recipe import deploy as deploy_model
-from tersor.storage import load_calibration
+from tersor.storage import CALIBRATION_FILE, load_calibration
 
-CALIBRATION_FILE = "calibration.safetensors"
-"""Looked for beside a checkpoint's own files."""
 CALIBRATION_BATCHES = 8
 
 app = typer.Typer(
@@ -82,7 +91,7 @@ def main(version: Version = False) -> None:
 
 @app.command()
 def run(recipe: RecipeFile, as_json: Json = False, traceback: Traceback = False) -> None:
-    """Prune, fine-tune, make small, verify, save, export, deploy, compare, report: all that RECIPE asks for."""
+    """Prune, quantize, distil, train, make small, verify, save, export, deploy, compare: all that RECIPE asks for."""
     with _reported(as_json, traceback):
         result = run_recipe(read_recipe(recipe))
     shown = [result.comparison] if result.deployed is None else [result.comparison, result.deployed]
@@ -99,14 +108,22 @@ def plan(
     """Show what RECIPE would do to which layer and why, without doing it."""
     with _reported(as_json, traceback):
         asked = read_recipe(recipe)
-        prepared = prepare(asked, progress=False)
-        found, words = prepared.pruner.plan, describe(asked, prepared)
-        explanation = None if explain is None else found.explain(explain)
+        alone = asked.alone is not None
+        prepared = prepare(asked, progress=False) if alone else prepare_fusion(asked, progress=False)
+        chain = prepared.compressor.chain if isinstance(prepared, PreparedFusion) else (prepared.pruner,)
+        words = describe(asked, prepared)
+        explanation = None if explain is None else "\n".join(own.plan.explain(explain) for own in chain)
     if explanation is not None:
         _show(escape(explanation), {"module": explain, "explanation": explanation}, as_json)
         return
     lines = "\n".join(f"[bold]{escape(part):<13}[/]{escape(text)}" for part, text in words.items())
-    _show(Group(found, "", lines), {**found.to_dict(), "words": words}, as_json)
+    if alone:
+        _show(Group(chain[0].plan, "", lines), {**chain[0].plan.to_dict(), "words": words}, as_json)
+        return
+    timeline = chain[-1].timeline()
+    plans = [{"compressor": own.title, **own.plan.to_dict()} for own in chain]
+    shown = [part for own in chain for part in (f"[bold]{escape(own.title)}[/]", own.plan, "")]
+    _show(Group(*shown, timeline, "", lines), {"plans": plans, "timeline": timeline.to_dict(), "words": words}, as_json)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,9 @@ from tersor.pruning import FixedPruner
 from tersor.quantization.base import CalibrationConfig, Quantizer
 from tersor.quantization.training import TrainingQuantizer
 from tersor.speedup.verify import outputs_of, relative_error
-from tersor.storage import save_calibration
+from tersor.storage import CALIBRATION_FILE, save_calibration
 from tersor.wrapping import ModelWrappers, refuse_sharded
 from tersor.wrapping.wrapper import separate_class
-
-CALIBRATION_FILE = "calibration.safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,9 @@ class Finalized:
         wrappers.detach()
         return model
 
-    def save(self, directory: str | os.PathLike[str], *, bake: bool = True) -> Path:
+    def save(
+        self, directory: str | os.PathLike[str], *, bake: bool = True, metadata: Mapping[str, Any] | None = None
+    ) -> Path:
         """Write the small model, as :func:`tersor.load` reads it, with its calibration beside it.
 
         ``tersor deploy`` finds both.
@@ -81,8 +82,9 @@ class Finalized:
             directory: a folder of its own.
             bake: write the rounded weights; the latent ones, to train on with, do not say by themselves what algorithms
                 that transform weights before they round them (``DoReFaQuantizer``, ``BNNQuantizer``) made of them.
+            metadata: see :func:`tersor.save`.
         """
-        folder = save(self.plain(bake=bake), directory)
+        folder = save(self.plain(bake=bake), directory, metadata=metadata)
         calibration = self._calibration()
         if calibration:
             save_calibration(calibration, folder / CALIBRATION_FILE)

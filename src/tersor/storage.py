@@ -26,6 +26,8 @@ from tersor.errors import CheckpointError, MaskError
 
 MASKS_FORMAT = "tersor-masks"
 CALIBRATION_FORMAT = "tersor-calibration"
+CALIBRATION_FILE = "calibration.safetensors"
+"""What a calibration is called beside the files of a checkpoint."""
 
 
 @contextmanager

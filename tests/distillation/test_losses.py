@@ -72,3 +72,21 @@ def test_relations_do_not_see_turns_and_sizes_and_have_a_gradient_where_samples_
     same = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
     relational(same, draws(3, 4)).backward()
     assert same.grad.isfinite().all()
+
+
+def test_samples_that_coincide_have_no_direction_and_no_endless_gradient():
+    value = draws(4, 3)
+    value[1] = value[0]
+    value.requires_grad_()
+    angles = pairwise_angles(value)
+    assert angles[0, 1].tolist() == angles[1, 0].tolist() == [0.0] * 4
+    relational(value, draws(4, 3, seed=1)).backward()
+    # By central differences of what does not coincide, the gradient of the others is the loss's own.
+    with torch.no_grad():
+        for index in ((2, 0), (3, 2)):
+            moved = [value.clone() for _ in range(2)]
+            for sign, own in zip((1, -1), moved, strict=True):
+                own[index] += sign * 1e-6
+            slope = (relational(moved[0], draws(4, 3, seed=1)) - relational(moved[1], draws(4, 3, seed=1))) / 2e-6
+            assert value.grad[index].item() == pytest.approx(slope.item(), rel=1e-5)
+    assert value.grad.abs().max() < 10

@@ -1,4 +1,4 @@
-"""The page on distillation: its examples run."""
+"""The page on distillation: its examples run; so does the distiller in the page on extending."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from tersor import TorchEvaluator
 from tersor.wrapping import is_wrapped
 
-PAGE = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "distillation.md").read_text(encoding="utf-8")
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
@@ -43,3 +44,9 @@ def test_the_examples_run(tmp_path, monkeypatch):
     exec(offline, {"student": student, "teacher": teacher, "loader": loader, "optimizer": optimizer})
     assert any(Path("teacher_values").iterdir())
     assert 0 < own.losses["head._output_0"].item() < 2
+
+
+(_EXAMPLE,) = [code for code in CODE.findall((DOCS / "extending.md").read_text("utf-8")) if "Distiller" in code]
+_SCOPE: dict = {}
+exec(_EXAMPLE, _SCOPE)
+TestTheDistillerOfThePageOnExtending = _SCOPE["TestSimilarityDistiller"]

@@ -10,27 +10,14 @@ from torch.nn import functional as F
 from tersor import TorchEvaluator, compress, finalize, fuse
 from tersor.distillation import LogitDistiller
 from tersor.errors import ConfigError, InvalidValueError, TrainingError, UnknownKeyError
-from tersor.wrapping import ModelWrappers, is_wrapped
+from tersor.wrapping import is_wrapped
 
 X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 3
 PRUNING = [{"op_names": ["0"], "sparse_ratio": 0.5}]
 QUANTIZATION = [{"op_types": ["Linear"], "target_names": ["weight", "_input_0"], "quant_dtype": "int8"}]
 
 
-@pytest.fixture(autouse=True)
-def unwrapped(monkeypatch):
-    """Every model is unwrapped at the end, so that what is left behind then is found."""
-    made = []
-    first = ModelWrappers.__init__
-
-    def watched(self, *args, **kwargs):
-        first(self, *args, **kwargs)
-        made.append(self)
-
-    monkeypatch.setattr(ModelWrappers, "__init__", watched)
-    yield
-    for wrappers in made:
-        wrappers.detach()
+pytestmark = pytest.mark.usefixtures("unwrapped")
 
 
 def net():

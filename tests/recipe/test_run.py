@@ -117,7 +117,7 @@ def test_pruning_while_training_leaves_a_checkpoint_of_every_epoch(recipe, tmp_p
         saved.append((metadata.get("epoch"), model.conv1.out_channels))
         return save(model, directory, metadata=metadata)
 
-    with mock.patch("tersor.recipe.run.save", spy):
+    with mock.patch("tersor.recipe.runner.save", spy):
         result = run_recipe(recipe(pruning=pruning), console=Console(file=text, width=200))
     assert saved[-1] == (None, 4)
     assert [epoch for epoch, _ in saved] == [1, 2, None]

@@ -67,7 +67,8 @@ def test_pruning_in_full_survives_json():
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_examples_name_what_there_is(path):
     recipe = read_recipe(path)
-    algorithm = find_algorithm(recipe)
+    assert (recipe.alone is None) == (path.stem == "mnist_fused")
+    algorithm = find_algorithm(recipe.pruning)
     assert algorithm.pruner.__name__ == recipe.pruning.pruner
     assert algorithm.in_rounds == (path.stem == "mnist_rounds")
 

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from tersor.distillation import Distiller
+
 
 class ToyNet(nn.Module):
     def __init__(self):
@@ -22,6 +24,23 @@ class ToyNet(nn.Module):
 def net():
     torch.manual_seed(0)
     return ToyNet()
+
+
+def teacher():
+    """With other weights than `net`."""
+    torch.manual_seed(1)
+    return ToyNet()
+
+
+class Quiet(Distiller):
+    """Draws everything to zero."""
+
+    def distillation_loss(self, observed, batch):
+        return sum(value.square().mean() for value in observed.values())
+
+
+def brighter(batch, model):
+    return model(batch[0] + 1)
 
 
 def data():

@@ -87,7 +87,10 @@ def pairwise_angles(value: Tensor) -> Tensor:
     tensor(0.)
     """
     rows = value.flatten(1)
-    edges = F.normalize(rows[None] - rows[:, None], dim=-1)  # [vertex, other]
+    edges = rows[None] - rows[:, None]  # [vertex, other]
+    squares = edges.square().sum(dim=-1, keepdim=True)
+    apart = squares > 0  # two samples that coincide lie in no direction: 0, and no gradient, which would be endless
+    edges = edges / torch.where(apart, squares, 1.0).sqrt() * apart
     return edges @ edges.transpose(1, 2)
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from tersor.analysis.metrics import Metric
+from tersor.compressor import Compressor
 from tersor.config.values import is_activation
 from tersor.deploy import CompiledModel, QuantizationSpeedup, engine_config
 from tersor.deploy.audit import AuditLine, audit, audit_table
@@ -31,7 +32,8 @@ from tersor.errors import UnmatchedError, nearest
 from tersor.graph import functions_as_modules
 from tersor.graph.inputs import named_tensors
 from tersor.quantization import CalibrationConfig
-from tersor.recipe.prepare import Data, Prepared
+from tersor.quantization.base import Quantizer
+from tersor.recipe.prepare import Built, Data
 from tersor.recipe.spec import Recipe
 from tersor.training.batches import to_device
 from tersor.training.evaluation import LoaderEvaluation
@@ -91,6 +93,7 @@ def deploy(
     *,
     engine: str = "auto",
     calibration: CalibrationConfig | None = None,
+    compressor: Compressor | None = None,
     calibration_batches: int = 8,
     threads: int | None = None,
     on_failure: OnFailure = "error",
@@ -105,6 +108,7 @@ def deploy(
         data: batches to calibrate with, and to evaluate on if it has any.
         engine: see :func:`tersor.deploy.engines`.
         calibration: what a quantizer found; None calibrates by :func:`tersor.deploy.post_training`.
+        compressor: what simulates the same model already, on the CPU; then it is neither calibrated nor given one.
         calibration_batches: how many batches of the training data that takes.
         threads: of the engine, and of torch beside it.
         on_failure: see :class:`tersor.deploy.QuantizationSpeedup`.
@@ -118,7 +122,9 @@ def deploy(
     """
     name, example = engine_of(engine).name, data.example_inputs
     source: Any
-    if calibration is None:
+    if compressor is not None:
+        source = compressor
+    elif calibration is None:
         source = post_training(model, example, list(islice(data.train, calibration_batches)), name)
     else:
         source = fitting_model(model, example, calibration)
@@ -143,22 +149,43 @@ def deploy(
     return Deployed(compiled, timings, accuracy, audit(compiled, speedup.program), tuple(notes))
 
 
-def deploy_prepared(recipe: Recipe, prepared: Prepared) -> Deployed:
-    """Deploy what became of a recipe's model, as the recipe says."""
+def deploy_built(recipe: Recipe, built: Built, model: nn.Module, compressor: Compressor | None = None) -> Deployed:
+    """Deploy what became of a recipe's model, as the recipe says.
+
+    Args:
+        recipe: says so.
+        built: what it names.
+        model: the small model, without any simulation.
+        compressor: what simulates it.
+    """
     asked = recipe.deployment
     assert asked is not None
     # Engines compute on the CPU.
-    example_inputs = to_device(prepared.example_inputs, torch.device("cpu"))
+    example_inputs = to_device(built.example_inputs, torch.device("cpu"))
+    quantizes = compressor is not None and any(isinstance(own, Quantizer) for own in compressor.chain)
     return deploy(
-        copy.deepcopy(prepared.model).cpu(),
-        replace(prepared.data, example_inputs=example_inputs),
+        copy.deepcopy(model).cpu(),
+        replace(built.data, example_inputs=example_inputs),
         engine=asked.engine,
+        compressor=_on_cpu(compressor) if compressor is not None and quantizes else None,
         calibration_batches=asked.calibration_batches,
         threads=asked.threads,
         on_failure=asked.on_failure,
         batch_sizes=recipe.output.batch_sizes,
-        original=copy.deepcopy(prepared.original).cpu(),
+        original=copy.deepcopy(built.original).cpu(),
     )
+
+
+def _on_cpu(compressor: Compressor) -> Compressor:
+    """A compressor and its model, copied where they are elsewhere."""
+    if all(own.device.type == "cpu" for own in compressor.model.parameters()):
+        return compressor
+    compressor = copy.deepcopy(compressor)
+    compressor.model.cpu()
+    for wrapper in compressor.wrappers.by_module.values():
+        for stack in wrapper.stacks.values():  # those of inputs and outputs are no part of the model
+            stack.cpu()
+    return compressor
 
 
 def fitting_model(model: nn.Module, example_inputs: Any, calibration: CalibrationConfig) -> nn.Module:

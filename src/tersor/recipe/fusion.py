@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -19,8 +20,8 @@ from tersor.errors import ConfigError, InvalidValueError, UnknownKeyError, neare
 from tersor.pruning import Pruner
 from tersor.pruning.schedule import ScheduledPruner
 from tersor.quantization.base import Quantizer
-from tersor.recipe.arguments import check_arguments
-from tersor.recipe.imports import named_object
+from tersor.recipe.arguments import arguments_of, check_arguments, placed
+from tersor.recipe.imports import class_named
 from tersor.training import Evaluator
 
 KINDS: Mapping[str, tuple[str, type[Compressor], ModuleType]] = {
@@ -32,7 +33,6 @@ KINDS: Mapping[str, tuple[str, type[Compressor], ModuleType]] = {
 PARTS = ("config_list", "arguments", "schedule")
 KNOWN = ("model", "config_list", "evaluator", "example_inputs", "previous")
 """Arguments that a part says elsewhere, or that are known."""
-T = TypeVar("T")
 
 
 def compress(
@@ -104,6 +104,7 @@ def fuse(
     trains: bool = True,
     example_inputs: Any = None,
     teacher: Mapping[str, Any] | None = None,
+    where: str = "config",
 ) -> Compressor:
     """Make the compressors that :func:`compress` runs, for a training loop of one's own, or a look at the timeline.
 
@@ -114,40 +115,53 @@ def fuse(
         trains: whether the model will be trained.
         example_inputs: see there.
         teacher: ``teacher_model`` and ``teacher_predict`` of distillers that name none.
+        where: what errors call the description.
     """
     if not isinstance(config, Mapping):
-        raise InvalidValueError(f"a {type(config).__name__} is no description", where="config", legal=[*KINDS])
+        raise InvalidValueError(f"a {type(config).__name__} is no description", where=where, legal=[*KINDS])
     for key in config:
         if key not in KINDS:
-            raise UnknownKeyError(
-                f"{key!r} is no key here.", where="config", legal=[*KINDS], remedy=nearest(key, KINDS)
-            )
-    defaults = {
-        "pruning": "L1NormPruner",
-        "quantization": "QATQuantizer" if trains else "PtqQuantizer",
-        "distillation": "DynamicLayerwiseDistiller",
-    }
+            raise UnknownKeyError(f"{key!r} is no key here.", where=where, legal=[*KINDS], remedy=nearest(key, KINDS))
     last: Compressor | None = None
     try:
         for kind in KINDS:
-            for where, part in _parts(config.get(kind), f"config[{kind!r}]"):
-                last = _made(model, kind, part, where, defaults[kind], last, evaluator, example_inputs, teacher or {})
+            for place, part in _parts(kind, config.get(kind), f"{where}[{kind!r}]"):
+                named = default_of(kind, trains=trains)
+                last = _made(model, kind, part, place, named, last, evaluator, example_inputs, teacher or {})
     except BaseException:
         if last is not None:
             last.unwrap_model()
         raise
     if last is None:
-        raise ConfigError("it asks for nothing", where="config", legal=[*KINDS])
+        raise ConfigError("it asks for nothing", where=where, legal=[*KINDS])
     return last
 
 
-def _parts(asked: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """What one key holds, as mappings with a config list."""
+def default_of(kind: str, *, trains: bool) -> str:
+    """The algorithm of a part that names none.
+
+    >>> default_of("quantization", trains=True), default_of("quantization", trains=False)
+    ('QATQuantizer', 'PtqQuantizer')
+    """
+    return {
+        "pruning": "L1NormPruner",
+        "quantization": "QATQuantizer" if trains else "PtqQuantizer",
+        "distillation": "DynamicLayerwiseDistiller",
+    }[kind]
+
+
+def _parts(kind: str, asked: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What one key holds, as mappings of the keys of a part."""
+    keys = (KINDS[kind][0], *PARTS)
     if asked is None:
         return
     if isinstance(asked, Mapping):
         yield where, asked
-    elif isinstance(asked, Sequence) and not isinstance(asked, str) and any("config_list" in part for part in asked):
+    elif (
+        isinstance(asked, Sequence)
+        and not isinstance(asked, str)
+        and any(key in part for part in asked for key in keys)
+    ):
         for number, part in enumerate(asked):
             yield f"{where}[{number}]", part
     else:
@@ -171,24 +185,38 @@ def _made(
     for key in part:
         if key not in legal:
             raise UnknownKeyError(f"{key!r} is no key here.", where=where, legal=legal, remedy=nearest(key, legal))
-    if "config_list" not in part and part.get(word) != "LogitDistiller":
+    cls = class_named(part.get(word, default), home, base, f"{where}[{word!r}]")
+    needed = arguments_of(cls, ())["config_list"].default is inspect.Parameter.empty
+    if "config_list" not in part and needed:
         raise ConfigError("it has no config_list", where=where, legal=legal)
-    cls = _class(part.get(word, default), base, home, f"{where}[{word!r}]")
     arguments = dict(part.get("arguments") or {})
     if issubclass(cls, LayerwiseDistiller):
         arguments = {**{name: value for name, value in teacher.items() if value is not None}, **arguments}
     check_arguments(cls, arguments, f"{where}['arguments']", KNOWN)
     schedule = _schedule(part.get("schedule"), f"{where}['schedule']")
     made: Any = cls
-    own = made(
-        model,
-        part.get("config_list"),
-        None if last is not None and last._trainer is not None else evaluator,
-        example_inputs=example_inputs,
-        previous=last,
-        **arguments,
-    )
+    with _placed(arguments, where):
+        own = made(
+            model,
+            part.get("config_list"),
+            None if last is not None and last._trainer is not None else evaluator,
+            example_inputs=example_inputs,
+            previous=last,
+            **arguments,
+        )
     return schedule(own)
+
+
+@contextmanager
+def _placed(arguments: Collection[str], where: str) -> Iterator[None]:
+    """Say which part's config list or argument is wrong."""
+    try:
+        with placed(arguments, f"{where}['arguments']"):
+            yield
+    except ConfigError as error:
+        if error.where.startswith("config_list"):
+            error.where = f"{where}['config_list']{error.where.removeprefix('config_list')}"
+        raise
 
 
 def _schedule(asked: Mapping[str, Any] | None, where: str) -> Callable[[Any], Compressor]:
@@ -196,22 +224,16 @@ def _schedule(asked: Mapping[str, Any] | None, where: str) -> Callable[[Any], Co
     if asked is None:
         return lambda pruner: pruner
     arguments = dict(asked)
-    cls: Any = _class(arguments.pop("pruner", "AGPPruner"), ScheduledPruner, tersor.pruning, f"{where}['pruner']")
+    named = arguments.pop("pruner", "AGPPruner")
+    cls: Any = class_named(named, tersor.pruning, ScheduledPruner, f"{where}['pruner']")
     check_arguments(cls, arguments, where, ("pruner", "evaluator"))
 
     def scheduled(pruner: Any) -> Compressor:
         try:
-            return cls(pruner, **arguments)
+            with placed(arguments, where):
+                return cls(pruner, **arguments)
         except BaseException:
             pruner.unwrap_model()
             raise
 
     return scheduled
-
-
-def _class(named: Any, base: type[T], home: ModuleType, where: str) -> type[T]:
-    """A class of a kind, by itself, by its name or by an import path."""
-    found: Any = named_object(named, home, base, where) if isinstance(named, str) else named
-    if not (isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found)):
-        raise InvalidValueError(f"{named!r} is no {base.__name__} that can be made", where=where)
-    return found

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from tersor.config import values
 from tersor.errors import ConfigError, InvalidValueError, TersorError, nearest
 
 FORM = "package.module:callable"
+T = TypeVar("T")
 
 
 def import_path(value: object) -> str:
@@ -117,6 +119,30 @@ def named_object(name: str, home: ModuleType, base: type, where: str) -> Callabl
         legal=[f"a name in {home.__name__}", FORM],
         remedy=nearest(name, known),
     )
+
+
+def class_named(named: str | type, home: ModuleType, base: type[T], where: str) -> type[T]:
+    """A class that can be made: itself, by its short name or by an import path.
+
+    Args:
+        named: the class, or how it is called.
+        home: the module of short names.
+        base: of what kind it must be.
+        where: the place in the recipe, for errors.
+
+    Raises:
+        ConfigError: there is no such class.
+
+    >>> import torch
+    >>> class_named("SGD", torch.optim, torch.optim.Optimizer, "optimizer")
+    <class 'torch.optim.sgd.SGD'>
+    """
+    found: Any = named_object(named, home, base, where) if isinstance(named, str) else named
+    if not (isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found)):
+        raise InvalidValueError(
+            f"{named!r} is not a class of that kind.", where=where, legal=[f"a final {base.__name__}"]
+        )
+    return found
 
 
 def _callable_in(module: ModuleType, name: str, path: str, where: str) -> Callable[..., Any]:

@@ -14,11 +14,12 @@ from torch import nn
 
 from tersor.checkpoint import load
 from tersor.errors import ConfigError, ConflictError, InvalidValueError, TersorError
-from tersor.graph.coupling import coupling_of
+from tersor.graph.coupling import Coupling, coupling_of
 from tersor.pruning import Pruner
 from tersor.pruning.learning import LearningPruner
+from tersor.recipe.compression import Pruning
 from tersor.recipe.imports import call_object, named_object
-from tersor.recipe.pruner import SCHEDULE, Algorithm, check_length, find_algorithm, group
+from tersor.recipe.pruner import PRUNING, Algorithm, check_length, check_recovery, find_algorithm, group
 from tersor.recipe.rounds import Narrated, Speedups
 from tersor.recipe.spec import FineTuning, Recipe
 from tersor.training import TorchEvaluator
@@ -29,27 +30,36 @@ MISSING = object()
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What a recipe names, built.
+class Built:
+    """What every recipe names, built.
 
     Attributes:
         original: the model as it was built, on the recipe's device.
-        model: a copy that the run changes; the pruner wraps it when it starts.
-        algorithm: what the pruner is made of.
-        pruner: the pruner, or the schedule over it.
+        model: a copy that the run changes; what compresses it wraps it when it starts.
         evaluator: trains `model`, and evaluates any.
         data: what is trained and evaluated on.
         example_inputs: what the model can be run on, on the recipe's device.
-        speedups: makes models small, and keeps the reports.
     """
 
     original: nn.Module
     model: nn.Module
-    algorithm: Algorithm
-    pruner: Pruner
     evaluator: TorchEvaluator
     data: Data
     example_inputs: Any
+
+
+@dataclass(frozen=True)
+class Prepared(Built):
+    """A recipe that asks for pruning alone, built.
+
+    Attributes:
+        algorithm: what the pruner is made of.
+        pruner: the pruner, or the schedule over it.
+        speedups: makes models small, and keeps the reports.
+    """
+
+    algorithm: Algorithm
+    pruner: Pruner
     speedups: Speedups
 
 
@@ -73,7 +83,7 @@ class Data:
 def prepare(
     recipe: Recipe, *, progress: bool = True, on_round: Callable[[float | None], None] | None = None
 ) -> Prepared:
-    """Build everything that the recipe names; nothing is trained or pruned yet.
+    """Build everything that a recipe which asks for pruning alone names; nothing is trained or pruned yet.
 
     Args:
         recipe: what to build.
@@ -85,38 +95,80 @@ def prepare(
         CheckpointError: the model's checkpoint does not fit.
         TrainingError: the fine-tuning is too short for what happens meanwhile.
     """
-    device, tuning = torch.device(recipe.device), recipe.fine_tuning
-    algorithm = find_algorithm(recipe)
-    original = build_model(recipe.model.build, recipe.model.checkpoint, "recipe['model']").to(device)
+    asked = recipe.alone
+    if asked is None:
+        raise ConflictError(
+            "it asks for more than pruning alone", where="recipe", remedy="Give it to prepare_fusion, or run_recipe."
+        )
+    algorithm = find_algorithm(asked)
+    check_recovery(recipe.recovery, algorithm)
+    original, data, example_inputs = build_both(recipe)
+    _check_metric(asked, data)
     model = copy.deepcopy(original)
-    data = build_data(recipe.data, "recipe['data']")
-    _check_metric(recipe, data)
-    example_inputs = to_device(data.example_inputs, device)
     coupling = coupling_of(model, example_inputs)
-    # A first one tells what loses whole channels and how long it learns, which the one that prunes is made with.
-    draft = algorithm.make(
-        model, [entry.as_config() for entry in recipe.pruning.config_list], None, coupling, data.train
-    )
-    draft.unwrap_model()
-    optimizer = make_optimizer(tuning, model)
-    evaluator = TorchEvaluator.from_loader(
-        data.train,
-        _loss(tuning),
-        optimizer,
-        make_schedule(tuning, optimizer, data.train, _learning_steps(draft)),
-        scheduler_interval="step",
-        eval_loader=data.test,
-        metric=data.metric,
-        progress=progress,
-    )
-    config_list = group(model, recipe, coupling, draft.plan)
+    config_list, learning_steps = groups_and_steps(algorithm, asked, model, coupling, data)
+    evaluator = make_evaluator(recipe.fine_tuning, model, data, learning_steps, progress=progress)
     watched = evaluator if on_round is None else Narrated(evaluator, on_round)
     pruner = algorithm.make(model, config_list, watched, coupling, data.train)
     pruner.unwrap_model()
     speedups = Speedups()
     pruner = algorithm.schedule_over(pruner, speedup=speedups, log_dir=Path(recipe.output.directory) / "rounds")
-    check_length(recipe, algorithm, pruner, total_steps(tuning, data.train))
-    return Prepared(original, model, algorithm, pruner, evaluator, data, example_inputs, speedups)
+    check_length(recipe, algorithm, pruner, total_steps(recipe.fine_tuning, data.train))
+    return Prepared(original, model, evaluator, data, example_inputs, algorithm, pruner, speedups)
+
+
+def build_both(recipe: Recipe) -> tuple[nn.Module, Data, Any]:
+    """The model and the data of a recipe, and example inputs where the model is."""
+    device = torch.device(recipe.device)
+    original = build_model(recipe.model.build, recipe.model.checkpoint, "recipe['model']").to(device)
+    data = build_data(recipe.data, "recipe['data']")
+    return original, data, to_device(data.example_inputs, device)
+
+
+def groups_and_steps(
+    algorithm: Algorithm, asked: Pruning, model: nn.Module, coupling: Coupling, data: Data
+) -> tuple[list[dict[str, Any]], int]:
+    """The config list that a pruner is made with, groups and all, and how many steps it trains for itself.
+
+    A first one tells what loses whole channels and how long it learns.
+
+    Args:
+        algorithm: what is made.
+        asked: the part of the recipe.
+        model: the model, unwrapped.
+        coupling: the model's.
+        data: calibrates.
+    """
+    draft = algorithm.make(model, [entry.as_config() for entry in asked.config_list], None, coupling, data.train)
+    draft.unwrap_model()
+    # The optimizers train with it only where the steps are kept.
+    steps = draft.watched_steps if isinstance(draft, LearningPruner) and not draft.restores else 0
+    return group(model, asked, coupling, draft.plan, algorithm.where), steps
+
+
+def make_evaluator(
+    tuning: FineTuning, model: nn.Module, data: Data, learning_steps: int = 0, *, progress: bool = True
+) -> TorchEvaluator:
+    """How a recipe trains a model, and evaluates any.
+
+    Args:
+        tuning: the recipe's.
+        model: what is trained.
+        data: on what.
+        learning_steps: how many steps pruners train before.
+        progress: whether to show a bar.
+    """
+    optimizer = make_optimizer(tuning, model)
+    return TorchEvaluator.from_loader(
+        data.train,
+        _loss(tuning),
+        optimizer,
+        make_schedule(tuning, optimizer, data.train, learning_steps),
+        scheduler_interval="step",
+        eval_loader=data.test,
+        metric=data.metric,
+        progress=progress,
+    )
 
 
 def build_model(path: str, checkpoint: str | None = None, where: str = "") -> nn.Module:
@@ -247,17 +299,12 @@ class _OneCycle(torch.optim.lr_scheduler.OneCycleLR):
             super().step(epoch)
 
 
-def _learning_steps(pruner: Pruner) -> int:
-    """How many steps a pruner trains for itself, the optimizers with it."""
-    return pruner.watched_steps if isinstance(pruner, LearningPruner) and not pruner.restores else 0
-
-
-def _check_metric(recipe: Recipe, data: Data) -> None:
-    schedule = recipe.pruning.schedule
+def _check_metric(asked: Pruning, data: Data) -> None:
+    schedule = asked.schedule
     if schedule is not None and schedule.best != "latest" and data.test is None:
         raise ConflictError(
             "no round can be called best without test data",
-            where=f"{SCHEDULE}['best']",
+            where=f"{PRUNING}['schedule']['best']",
             remedy="Let the data function return .test, or leave best out.",
         )
 

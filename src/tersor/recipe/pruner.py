@@ -12,23 +12,23 @@ from typing import Any
 from torch import nn
 
 import tersor.pruning
-from tersor.errors import ConfigError, ConflictError, InvalidValueError, TrainingError
+from tersor.compressor import Compressor
+from tersor.errors import ConflictError, InvalidValueError, TrainingError
 from tersor.graph.coupling import Coupling
 from tersor.pruning import LotteryTicketPruner, Pruner
 from tersor.pruning.rounds import MakeSmall
 from tersor.pruning.schedule import ScheduledPruner
 from tersor.recipe.arguments import arguments_of, check_arguments, placed
 from tersor.recipe.catalogue import SCHEDULE_PARTS, catalogue
-from tersor.recipe.imports import named_object
-from tersor.recipe.spec import Recipe
+from tersor.recipe.compression import Pruning
+from tersor.recipe.imports import class_named
+from tersor.recipe.spec import Recipe, Recovery
 from tersor.targets.dependency import auto_set_dependency_group_ids
 from tersor.targets.isomorphic import auto_set_isomorphic_group_ids
 from tersor.targets.plan import Plan
 from tersor.training import Evaluator
 
-PRUNER = "recipe['pruning']['pruner']"
-ARGUMENTS = "recipe['pruning']['arguments']"
-SCHEDULE = "recipe['pruning']['schedule']"
+PRUNING = "recipe['pruning']"
 TUNING = "recipe['fine_tuning']"
 CALIBRATION_BATCHES = 8
 
@@ -44,6 +44,7 @@ class Algorithm:
         schedule: decides how much leaves when; None prunes once.
         schedule_arguments: of the schedule, by name.
         speedup: whether the schedule makes the model small in each round.
+        where: the place in the recipe.
     """
 
     pruner: type[Pruner]
@@ -52,6 +53,7 @@ class Algorithm:
     schedule: type[ScheduledPruner] | None
     schedule_arguments: dict[str, Any]
     speedup: bool
+    where: str = PRUNING
 
     @property
     def in_rounds(self) -> bool:
@@ -79,7 +81,7 @@ class Algorithm:
         arguments = dict(self.arguments)
         if self.calibration_batches is not None:
             arguments["calibration"] = list(islice(train, self.calibration_batches))
-        with placed(self.arguments, ARGUMENTS):
+        with placed(self.arguments, f"{self.where}['arguments']"):
             return make(model, config_list, evaluator=evaluator, example_inputs=example_inputs, **arguments)
 
     def schedule_over(self, pruner: Pruner, *, speedup: MakeSmall | None = None, log_dir: Path | None = None) -> Pruner:
@@ -98,60 +100,77 @@ class Algorithm:
             arguments["speedup"] = speedup
         if self.in_rounds:
             arguments["log_dir"] = log_dir
-        with placed(arguments, SCHEDULE):
+        with placed(arguments, f"{self.where}['schedule']"):
             return make(pruner, **arguments)
 
 
-def find_algorithm(recipe: Recipe) -> Algorithm:
+def find_algorithm(asked: Pruning, where: str = PRUNING) -> Algorithm:
     """Look up what a recipe prunes with, and check everything that can be checked before a model is built.
+
+    Args:
+        asked: a part of the recipe.
+        where: its place.
 
     Raises:
         ConfigError: no such class, arguments that it does not take, or settings that cannot hold together.
     """
-    asked = recipe.pruning
-    pruner = _find(asked.pruner, Pruner, PRUNER)
+    pruner = class_named(asked.pruner, tersor.pruning, Pruner, f"{where}['pruner']")
     if issubclass(pruner, ScheduledPruner):
         raise ConflictError(
             f"{pruner.__name__} is a schedule, which says how much leaves when, and not what",
-            where=PRUNER,
+            where=f"{where}['pruner']",
             remedy=f"Name a pruner here, and schedule: {{pruner: {pruner.__name__}}} beside it.",
         )
-    check_arguments(pruner, asked.arguments, ARGUMENTS)
-    calibrated = "calibration" in inspect.signature(pruner).parameters
-    if asked.calibration_batches is not None and not calibrated:
-        raise ConflictError(
-            f"{pruner.__name__} is not calibrated",
-            where="recipe['pruning']['calibration_batches']",
-            remedy="Leave it out.",
-        )
-    batches = (asked.calibration_batches or CALIBRATION_BATCHES) if calibrated else None
-    schedule, schedule_arguments = _find_schedule(recipe, pruner)
-    _check_recovery(recipe, pruner)
+    check_arguments(pruner, asked.arguments, f"{where}['arguments']")
+    batches = batches_of(pruner, asked.calibration_batches, where)
+    schedule, schedule_arguments = _find_schedule(asked, pruner, where)
     speedup = asked.schedule is not None and asked.schedule.speedup
-    return Algorithm(pruner, dict(asked.arguments), batches, schedule, schedule_arguments, speedup)
+    return Algorithm(pruner, dict(asked.arguments), batches, schedule, schedule_arguments, speedup, where)
 
 
-def group(model: nn.Module, recipe: Recipe, coupling: Coupling, plan: Plan) -> list[dict[str, Any]]:
-    """The config list of a recipe with the groups that it wants.
+def batches_of(cls: type, asked: int | None, where: str) -> int | None:
+    """How many batches of the training data a class is calibrated on; None where it takes none.
+
+    Args:
+        cls: what is to be made.
+        asked: what the recipe says.
+        where: the place of the part.
+
+    Raises:
+        ConflictError: it takes none, and some are asked for.
+    """
+    calibrated = "calibration" in arguments_of(cls, ())
+    if asked is not None and not calibrated:
+        raise ConflictError(
+            f"{cls.__name__} is not calibrated", where=f"{where}['calibration_batches']", remedy="Leave it out."
+        )
+    return (asked or CALIBRATION_BATCHES) if calibrated else None
+
+
+def group(
+    model: nn.Module, asked: Pruning, coupling: Coupling, plan: Plan, where: str = PRUNING
+) -> list[dict[str, Any]]:
+    """The config list of a part of a recipe with the groups that it wants.
 
     Args:
         model: the model, unwrapped.
-        recipe: what is wanted.
+        asked: what is wanted.
         coupling: the model's.
         plan: the pruner's, without groups: it tells which targets lose whole channels, and only these are grouped.
+        where: the place of the part.
     """
-    config_list: list[dict[str, Any]] = [entry.as_config() for entry in recipe.pruning.config_list]
+    config_list: list[dict[str, Any]] = [entry.as_config() for entry in asked.config_list]
     by_channels = {target.place for target in plan.targets if target.classes is not None}
-    if recipe.pruning.dependency_groups and by_channels:
+    if asked.dependency_groups and by_channels:
         found = auto_set_dependency_group_ids(model, config_list, coupling)
         for entry in found[len(config_list) :]:
             names = [name for name in entry["op_names"] if (name, entry["target_names"][0]) in by_channels]
             config_list += [{**entry, "op_names": names}] if names else []
-    if recipe.pruning.isomorphic_groups:
+    if asked.isomorphic_groups:
         if not by_channels:
             raise ConflictError(
                 "no target loses whole channels, so nothing is built alike",
-                where="recipe['pruning']['isomorphic_groups']",
+                where=f"{where}['isomorphic_groups']",
                 remedy="Leave it out.",
             )
         config_list = auto_set_isomorphic_group_ids(model, config_list, coupling)
@@ -181,70 +200,83 @@ def check_length(recipe: Recipe, algorithm: Algorithm, pruner: Pruner, steps: in
     if isinstance(pruner, LotteryTicketPruner) and steps is not None and pruner.rewind_steps > steps:
         raise TrainingError(
             f"the first training has {steps} steps and cannot be gone back to after {pruner.rewind_steps}",
-            where=f"{SCHEDULE}['rewind_steps']",
+            where=f"{PRUNING}['schedule']['rewind_steps']",
             legal=[f"0 to {steps}"],
         )
     if recipe.fine_tuning.epochs and not algorithm.in_rounds:
-        try:
-            pruner.on_train(steps, recipe.fine_tuning.epochs if steps is None else None)
-        except TrainingError as error:
-            raise TrainingError(
-                error.what, where=TUNING, remedy="Raise epochs or max_steps, or let it need less."
-            ) from None
+        refuse_short(pruner, steps, recipe.fine_tuning.epochs)
 
 
-def _find(name: str, base: type[Any], where: str) -> type[Any]:
-    found: Any = named_object(name, tersor.pruning, base, where)
-    if not (isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found)):
-        raise ConfigError(f"{name!r} is not a class of that kind.", where=where, legal=[f"a final {base.__name__}"])
-    return found
+def refuse_short(compressor: Compressor, steps: int | None, epochs: int) -> None:
+    """Refuse a training that is too short for one compressor.
+
+    Args:
+        compressor: it knows.
+        steps: how many optimizer steps there are; None where that is not known.
+        epochs: how many passes over the data.
+
+    Raises:
+        TrainingError: it is too short.
+    """
+    try:
+        compressor.on_train(steps, epochs if steps is None else None)
+    except TrainingError as error:
+        raise TrainingError(
+            error.what, where=TUNING, remedy="Raise epochs or max_steps, or let it need less."
+        ) from None
 
 
-def _find_schedule(recipe: Recipe, pruner: type[Pruner]) -> tuple[type[ScheduledPruner] | None, dict[str, Any]]:
-    asked = recipe.pruning.schedule
+def _find_schedule(
+    part: Pruning, pruner: type[Pruner], place: str
+) -> tuple[type[ScheduledPruner] | None, dict[str, Any]]:
+    asked, where = part.schedule, f"{place}['schedule']"
     if asked is None:
         return None, {}
     if pruner.needs_training:
         raise ConflictError(
             f"{pruner.__name__} has a schedule of its own",
-            where=SCHEDULE,
+            where=where,
             remedy=f"Leave the schedule out; {pruner.__name__} takes {', '.join(arguments_of(pruner))} as arguments.",
         )
-    found = _find(asked.pruner, Pruner, f"{SCHEDULE}['pruner']")
+    found = class_named(asked.pruner, tersor.pruning, Pruner, f"{where}['pruner']")
     if not issubclass(found, ScheduledPruner):
         raise ConflictError(
             f"{found.__name__} says what leaves, and not how much when",
-            where=f"{SCHEDULE}['pruner']",
+            where=f"{where}['pruner']",
             legal=[own.name for own in catalogue().schedules],
-            remedy=f"Name {found.__name__} in recipe['pruning']['pruner'].",
+            remedy=f"Name {found.__name__} in {place}['pruner'].",
         )
     arguments = {name: value for name, value in asked if value is not None and name not in ("pruner", "speedup")}
-    check_arguments(found, arguments, SCHEDULE, SCHEDULE_PARTS)
+    check_arguments(found, arguments, where, SCHEDULE_PARTS)
     if asked.speedup and "speedup" not in inspect.signature(found).parameters:
         raise ConflictError(
             f"{found.__name__} does not make the model small between rounds",
-            where=f"{SCHEDULE}['speedup']",
+            where=f"{where}['speedup']",
             remedy="Leave it out: the model is made small at the end.",
         )
     if asked.interval_steps is not None and (asked.speedup or asked.best != "latest"):
         raise ConflictError(
             "speedup and best belong to rounds, and interval_steps prunes within one training run",
-            where=SCHEDULE,
+            where=where,
             remedy="Leave interval_steps out: each round then trains as long as fine_tuning says.",
         )
     return found, arguments
 
 
-def _check_recovery(recipe: Recipe, pruner: type[Pruner]) -> None:
-    recovery = recipe.recovery
+def check_recovery(recovery: Recovery | None, algorithm: Algorithm) -> None:
+    """Refuse repairs after what prunes many times, or none at all.
+
+    Raises:
+        ConfigError: see there.
+    """
     if recovery is None:
         return
     if not (recovery.batch_norm or recovery.bias):
         raise InvalidValueError(
             "nothing is to be recovered.", where="recipe['recovery']", legal=["batch_norm: true", "bias: true"]
         )
-    if recipe.pruning.schedule is not None or pruner.needs_training:
-        who = recipe.pruning.schedule.pruner if recipe.pruning.schedule is not None else pruner.__name__
+    if algorithm.schedule is not None or algorithm.pruner.needs_training:
+        who = (algorithm.schedule or algorithm.pruner).__name__
         raise ConflictError(
             f"recovery follows the one pruning of a one-shot run, and {who} prunes many times",
             where="recipe['recovery']",

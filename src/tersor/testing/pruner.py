@@ -10,7 +10,6 @@ from unittest import SkipTest
 
 import torch
 from torch import Tensor
-from torch.nn.utils.parametrize import is_parametrized
 
 from tersor.errors import ConfigError, EmptyLayerError, TersorError
 from tersor.pruning.schedule import ScheduledPruner
@@ -30,8 +29,9 @@ from tersor.testing.checks import (
     removed,
     values_of,
 )
+from tersor.testing.lifecycle import assert_nothing_left, by_both_ways
 from tersor.testing.processes import in_two_processes, why_not_two
-from tersor.testing.scenarios import RATIO, Pruning, PruningScenarios, Way
+from tersor.testing.scenarios import RATIO, Pruning, PruningScenarios
 from tersor.testing.toys import EXAMPLE, FRESH, ToyNetwork, ToyTraining
 
 
@@ -118,18 +118,14 @@ class PrunerTestCase(PruningScenarios):
         """Two processes that see different halves of the data come to the same masks and weights."""
         if reason := why_not_two():
             raise SkipTest(reason)
-        ways: tuple[Way, ...] = ("evaluator", "loop")
 
         def on_half(rank: int) -> dict[str, Tensor]:
-            found: dict[str, Tensor] = {}
-            for way in ways:
-                with self._pruning(self._config(), way, rank=rank) as pruning:
-                    if way == "loop":
-                        self._loop(pruning, range(self.steps))
-                    else:
-                        self._compress(pruning.pruner)
-                    found |= {f"{name} by {way}": value for name, value in pruning.result(buffers=False).items()}
-            return found
+            return by_both_ways(
+                lambda way: self._pruning(self._config(), way, rank=rank),
+                lambda pruning: self._compress(pruning.pruner),
+                self._loop,
+                self.steps,
+            )
 
         assert_equal(*in_two_processes(on_half), "in the other process")
 
@@ -145,9 +141,7 @@ class PrunerTestCase(PruningScenarios):
             self._compress(pruning.pruner)
             simulated = outputs_of(model, FRESH)
             pruning.pruner.unwrap_model(bake=self._may_learn)
-            left = [f"{hook} on {name}" for name, hook in hooks_of(model) if (name, hook) not in hooks]
-            assert not left, f"hooks are left behind: {'; '.join(left)}"
-            assert not any(is_parametrized(module) for module in model.modules()), "a parametrization is left behind"
+            assert_nothing_left(model, hooks)
             assert [module.training for module in model.modules()] == modes, "modules are in another mode"
             if self._may_learn:
                 assert_same_outputs(model, FRESH, simulated, self.tolerance, "outputs of the baked model")

@@ -10,16 +10,15 @@ from unittest import SkipTest
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from tersor.errors import NumericalError
 from tersor.storage import load_calibration, save_calibration
 from tersor.testing.calibrations import named, numbers_of, places_of, plain_of, refuses, unfit
 from tersor.testing.checks import assert_equal, assert_same_outputs, hooks_of, values_of
 from tersor.testing.grids import assert_on_grids, simulated_places, simulated_values
+from tersor.testing.lifecycle import assert_goes_on, assert_nothing_left, by_both_ways
 from tersor.testing.processes import in_two_processes, why_not_two
 from tersor.testing.quantizer_scenarios import BLOCKS, MODULES, QuantizationScenarios
-from tersor.testing.scenarios import Way
 from tersor.testing.toys import BATCHES, EXAMPLE, FRESH, Batch, ToyHalves, ToyNetwork, ToyTraining
 
 
@@ -124,18 +123,14 @@ class QuantizerTestCase(QuantizationScenarios):
         """Two processes that see different halves of the data come to the same scales and weights."""
         if reason := why_not_two():
             raise SkipTest(reason)
-        ways: tuple[Way, ...] = ("evaluator", "loop")
 
         def on_half(rank: int) -> dict[str, Tensor]:
-            found: dict[str, Tensor] = {}
-            for way in ways:
-                with self._quantizing(self._config(), way, rank=rank) as quantizing:
-                    if way == "loop":
-                        self._loop(quantizing, range(self.steps))
-                    else:
-                        self._compress(quantizing.quantizer)
-                    found |= {f"{name} by {way}": value for name, value in quantizing.result(buffers=False).items()}
-            return found
+            return by_both_ways(
+                lambda way: self._quantizing(self._config(), way, rank=rank),
+                lambda quantizing: self._compress(quantizing.quantizer),
+                self._loop,
+                self.steps,
+            )
 
         assert_equal(*in_two_processes(on_half), "in the other process")
 
@@ -152,9 +147,7 @@ class QuantizerTestCase(QuantizationScenarios):
             self._compress(quantizer)
             after = {name: model.get_submodule(name).training for name in modes}
             quantizer.unwrap_model()
-            left = [f"{hook} on {name}" for name, hook in hooks_of(model) if (name, hook) not in hooks]
-            assert not left, f"hooks are left behind: {'; '.join(left)}"
-            assert not any(is_parametrized(module) for module in model.modules()), "a parametrization is left behind"
+            assert_nothing_left(model, hooks)
             if not quantizer.needs_training:  # the user's training sets the mode, and changes values
                 assert after == modes, "modules are in another mode after compress"
                 if not self.learns:
@@ -246,20 +239,13 @@ class QuantizerTestCase(QuantizationScenarios):
 
         New objects load what ``torch.save`` wrote, with ``weights_only=True``; also what was written after the end.
         """
-        saved: dict[int, bytes] = {}
-        with self._quantizing(self._config(), "loop") as quantizing:
-            training, quantizer = quantizing.training, quantizing.quantizer
-            self._loop(quantizing, range(self.steps), lambda number: saved.update({number: training.save(quantizer)}))
-            done = training.save(quantizer)
-            expected = quantizing.result()
-        for number in sorted({1, 2, self.steps // 2, self.steps - 1}):
-            with self._quantizing(self._config(), "loop", model=ToyNetwork(seed=1)) as quantizing:
-                quantizing.training.load(quantizing.quantizer, saved[number])
-                self._loop(quantizing, range(number, self.steps))
-                assert_equal(expected, quantizing.result(), f"when step {number} was the last before a crash")
-        with self._quantizing(self._config(), "loop", model=ToyNetwork(seed=1)) as quantizing:
-            quantizing.training.load(quantizing.quantizer, done)
-            assert_equal(expected, quantizing.result(), "when it was saved at the end")
+        assert_goes_on(
+            lambda seed: self._quantizing(self._config(), "loop", model=ToyNetwork(seed)),
+            self._loop,
+            self.steps,
+            sorted({1, 2, self.steps // 2, self.steps - 1}),
+            at_end=True,
+        )
 
     # With others
 

@@ -18,7 +18,7 @@ from tersor.quantization import Quantizer
 from tersor.speedup.verify import outputs_of
 from tersor.testing.calibrations import numbers_of
 from tersor.testing.checks import Masks, values_of
-from tersor.testing.scenarios import Entry, Way
+from tersor.testing.lifecycle import AfterEach, Entry, Way, nothing, run_loop
 from tersor.testing.toys import BATCHES, EXAMPLE, FRESH, Batch, ToyDistiller, ToyNetwork, ToyTraining, calm
 from tersor.training import Evaluator
 
@@ -44,6 +44,11 @@ class Quantizing:
     model: nn.Module
     training: ToyTraining
     quantizer: Quantizer
+
+    @property
+    def compressor(self) -> Quantizer:
+        """The quantizer."""
+        return self.quantizer
 
     def outputs(self) -> list[Tensor]:
         """What the model computes, in eval mode, on inputs that nothing has seen before."""
@@ -206,16 +211,9 @@ class QuantizationScenarios(ABC):
     def _compress(self, quantizer: Quantizer) -> None:
         quantizer.compress(max_steps=self.steps if quantizer.needs_training else None)
 
-    def _loop(
-        self, quantizing: Quantizing, numbers: range, after_each: Callable[[int], object] = lambda number: None
-    ) -> None:
-        """A training loop of one's own, from the beginning or from a later step on, with scales at its end."""
-        if numbers.start == 0:
-            quantizing.quantizer.start()
-        for number in numbers:
-            quantizing.training.step(quantizing.quantizer, number)
-            after_each(number + 1)
-        quantizing.quantizer.finish()
+    def _loop(self, quantizing: Quantizing, numbers: range, after_each: AfterEach = nothing) -> None:
+        """A training loop of one's own, with scales at its end."""
+        run_loop(quantizing, numbers, after_each)
 
 
 def _masks() -> Masks:

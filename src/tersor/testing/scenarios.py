@@ -7,19 +7,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 from unittest import SkipTest
 
 from torch import Tensor, nn
 
 from tersor.pruning import AGPPruner, LinearPruner, Pruner
 from tersor.pruning.schedule import ScheduledPruner
-from tersor.testing.checks import assert_equal, assert_exact, decided, flat, mask_of, removed, values_of
+from tersor.testing.checks import assert_exact, decided, flat, mask_of, removed, values_of
+from tersor.testing.lifecycle import AfterEach, Entry, Way, assert_goes_on, nothing, run_loop
 from tersor.testing.toys import BATCHES, EXAMPLE, Batch, ToyDistiller, ToyNetwork, ToyQuantizer, ToyTraining, calm
 from tersor.training import Evaluator
 
-Entry = dict[str, Any]
-Way = Literal["evaluator", "loop"]
 Schedule = Callable[[Pruner], ScheduledPruner]
 RATIO = 0.75
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -38,6 +37,11 @@ class Pruning:
     model: nn.Module
     training: ToyTraining
     pruner: Pruner
+
+    @property
+    def compressor(self) -> Pruner:
+        """The pruner."""
+        return self.pruner
 
     def history(self) -> list[int]:
         """A list that will hold, for each step of training, how many elements of the targets were masked before it."""
@@ -178,28 +182,13 @@ class PruningScenarios(ABC):
     def _compress(self, pruner: Pruner) -> None:
         pruner.compress(max_steps=self.steps if self.trains else None)
 
-    def _loop(
-        self, pruning: Pruning, numbers: range, after_each: Callable[[int], object] = lambda number: None
-    ) -> None:
-        """A training loop of one's own, from the beginning or from a later step on, with masks at its end."""
-        if numbers.start == 0:
-            pruning.pruner.start()
-        for number in numbers:
-            pruning.training.step(pruning.pruner, number)
-            after_each(number + 1)
-        pruning.pruner.finish()
+    def _loop(self, pruning: Pruning, numbers: range, after_each: AfterEach = nothing) -> None:
+        """A training loop of one's own, with masks at its end."""
+        run_loop(pruning, numbers, after_each)
         assert_exact(pruning.pruner, RATIO)
 
     def _assert_goes_on(self, steps: int, crashes: list[int], schedule: Schedule | None = None) -> None:
         """A loop that ends after some of its steps and goes on in objects that are made anew comes to the same."""
-        saved: dict[int, bytes] = {}
-        with self._pruning(self._config(), "loop", schedule=schedule) as pruning:
-            self._loop(
-                pruning, range(steps), lambda number: saved.update({number: pruning.training.save(pruning.pruner)})
-            )
-            expected = pruning.result()
-        for number in crashes:
-            with self._pruning(self._config(), "loop", seed=1, schedule=schedule) as pruning:
-                pruning.training.load(pruning.pruner, saved[number])
-                self._loop(pruning, range(number, steps))
-                assert_equal(expected, pruning.result(), f"when step {number} was the last before a crash")
+        assert_goes_on(
+            lambda seed: self._pruning(self._config(), "loop", seed=seed, schedule=schedule), self._loop, steps, crashes
+        )

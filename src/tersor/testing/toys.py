@@ -105,6 +105,7 @@ class ToyTraining:
     Args:
         model: the model.
         batches: inputs and classes.
+        loss_fn: of the model's outputs and the classes.
 
     Attributes:
         optimizer: SGD with momentum.
@@ -113,8 +114,13 @@ class ToyTraining:
         before_each: is called before each step.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch] = BATCHES) -> None:
-        self.model, self.batches = model, tuple(batches)
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch] = BATCHES,
+        loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    ) -> None:
+        self.model, self.batches, self.loss_fn = model, tuple(batches), loss_fn
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         self.evaluator = TorchEvaluator(
             self.run, self.optimizer, self.training_step, dummy_input=EXAMPLE, progress=False
@@ -123,8 +129,8 @@ class ToyTraining:
         self.before_each: Callable[[], object] = lambda: None
 
     def training_step(self, batch: Batch, model: nn.Module) -> Tensor:
-        """Cross entropy."""
-        return F.cross_entropy(model(batch[0]), batch[1])
+        """The loss on a batch."""
+        return self.loss_fn(model(batch[0]), batch[1])
 
     def run(
         self,
