@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tersor
 from tersor.checkpoint import load, read_architecture, save
 from tersor.deploy.onnx_runtime import OnnxRuntime
-from tersor.errors import ConfigError, ConflictError, InvalidValueError, TrainingError, UnknownKeyError
+from tersor.errors import CheckpointError, ConfigError, ConflictError, InvalidValueError, TrainingError, UnknownKeyError
 from tersor.recipe import Recipe, describe, prepare, prepare_fusion, read_recipe, run_recipe
 from tersor.storage import load_calibration
 from tersor.testing.checks import assert_equal, flat
@@ -384,3 +384,28 @@ def test_a_yaml_file_is_enough(tmp_path):
     )
     prepared = prepare_fusion(read_recipe(path), progress=False)
     assert [item.title for item in prepared.compressor.chain] == ["L1NormPruner", "LogitDistiller"]
+
+
+def test_an_interrupted_run_goes_on(recipe, tmp_path, monkeypatch):
+    asked = recipe(
+        pruning=PRUNING,
+        quantization=QUANTIZATION,
+        distillation=DISTILLATION,
+        fine_tuning={**TUNING, "checkpoint_steps": 1},
+    )
+    whole = run(asked)
+    text = io.StringIO()
+    with monkeypatch.context() as patched:
+        torn = toy.data()
+        torn.train = toy.InterruptedLoader(torn.train, passes=3)  # one for the inputs, two epochs
+        patched.setattr(toy, "data", lambda: torn)
+        with pytest.raises(KeyboardInterrupt):
+            run(asked, Console(file=text, width=200))
+    assert "training holds the training so far, and the same command goes on with it" in text.getvalue()
+    with pytest.raises(CheckpointError, match=r"training: keeps a run that was not finished, of a recipe with another"):
+        run(recipe(pruning=PRUNING, quantization=QUANTIZATION, fine_tuning={**TUNING, "checkpoint_steps": 1}))
+    again = run(asked, Console(file=text, width=200))
+    assert "resume" in text.getvalue()
+    assert_equal(again.finalized.plain().state_dict(), whole.finalized.plain().state_dict(), "of the small models")
+    assert_equal(numbers(again.finalized.calibration), numbers(whole.finalized.calibration), "of the scales")
+    assert not (tmp_path / "run" / "training").exists()

@@ -12,8 +12,7 @@ from rich.console import Console
 
 from tersor.checkpoint import load, read_architecture, save
 from tersor.errors import CheckpointError, MissingExtraError
-from tersor.recipe import Recipe, run_recipe
-from tersor.recipe.rounds import begin_rounds
+from tersor.recipe import Recipe, kept, run_recipe
 from tests.recipe import toy
 
 
@@ -210,10 +209,10 @@ class TestRounds:
     def test_rounds_of_another_recipe_are_refused(self, recipe, tmp_path):
         asked = recipe(pruning={"schedule": self.SCHEDULE})
         folder = tmp_path / "run" / "rounds"
-        assert not begin_rounds(asked, folder)
+        assert not kept.begin(asked, folder, "rounds.pt")
         (folder / "rounds.pt").touch()
-        assert begin_rounds(asked, folder)
-        assert begin_rounds(recipe(pruning={"schedule": self.SCHEDULE}, batch_sizes=[1]), folder)
+        assert kept.begin(asked, folder, "rounds.pt")
+        assert kept.begin(recipe(pruning={"schedule": self.SCHEDULE}, batch_sizes=[1]), folder, "rounds.pt")
         with pytest.raises(CheckpointError, match=r"a recipe with another fine_tuning\..*Delete the folder"):
             run_recipe(
                 recipe(pruning={"schedule": self.SCHEDULE}, tuning={"epochs": 1, "learning_rate": 0.5}),

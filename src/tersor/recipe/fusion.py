@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -45,6 +46,8 @@ def compress(
     example_inputs: Any = None,
     teacher_model: nn.Module | None = None,
     teacher_predict: Any = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_steps: int = 100,
 ) -> Compressor:
     """Prune, quantize and distil a model at once, from one description.
 
@@ -62,6 +65,9 @@ def compress(
         example_inputs: what the model can be run on; by default the evaluator's.
         teacher_model: of all distillers that name none.
         teacher_predict: likewise.
+        checkpoint_dir: where a run that is killed keeps what it has come to; see
+            :meth:`tersor.compressor.Compressor.compress`.
+        checkpoint_steps: how often.
 
     Returns:
         The last of the fused compressors, finished; give it to :func:`tersor.finalize`. ``chain`` has them all.
@@ -89,7 +95,7 @@ def compress(
         teacher={"teacher_model": teacher_model, "teacher_predict": teacher_predict},
     )
     try:
-        compressor.compress(max_steps, max_epochs)
+        compressor.compress(max_steps, max_epochs, checkpoint_dir=checkpoint_dir, checkpoint_steps=checkpoint_steps)
     except BaseException:
         compressor.unwrap_model()
         raise

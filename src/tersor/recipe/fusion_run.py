@@ -7,13 +7,27 @@ from typing import final
 from tersor.compressor import Compressor
 from tersor.finalize import Finalized, finalize
 from tersor.pruning import Pruner, Sparsity
+from tersor.recipe import kept
 from tersor.recipe.fused import PreparedFusion, prepare_fusion
 from tersor.recipe.runner import Runner, RunResult, described, planned
+from tersor.recipe.spec import Recipe
+from tersor.recipe.stages import Stages
+from tersor.training.resuming import CHECKPOINT_FILE
 
 
 @final
 class FusionRun(Runner):
     """A recipe that asks for more than pruning alone."""
+
+    def __init__(self, recipe: Recipe, stages: Stages, progress: bool) -> None:
+        super().__init__(recipe, stages, progress)
+        self.training = self.directory / "training"
+
+    def what_is_left(self) -> str:
+        """A run in its midst, or a checkpoint."""
+        if (self.training / CHECKPOINT_FILE).exists():
+            return f"{self.training} holds the training so far, and the same command goes on with it"
+        return super().what_is_left()
 
     def compressed(self) -> RunResult:
         """Train with all compressors at once, then make the model small with all that they simulate."""
@@ -32,7 +46,7 @@ class FusionRun(Runner):
             final_ = self._finalize(prepared.compressor)
         finally:
             prepared.compressor.unwrap_model()
-        return self.conclude(
+        result = self.conclude(
             prepared,
             final_.model,
             before,
@@ -41,11 +55,21 @@ class FusionRun(Runner):
             compressors=chain,
             finalized=final_,
         )
+        kept.forget(self.training, CHECKPOINT_FILE)
+        return result
 
     def _compress(self, prepared: PreparedFusion) -> None:
         tuning, trains = self.recipe.fine_tuning, self.recipe.fine_tuning.epochs > 0 and prepared.trains
+        keeps = trains and not any(item.trains_in_rounds for item in prepared.compressor.chain)
         with self.stage("train" if trains else "compress") as note:
-            prepared.compressor.compress(tuning.max_steps if trains else None, tuning.epochs if trains else None)
+            if keeps and kept.begin(self.recipe, self.training, CHECKPOINT_FILE):
+                self.stage.say("resume", f"after the last steps in {self.training}")
+            prepared.compressor.compress(
+                tuning.max_steps if trains else None,
+                tuning.epochs if trains else None,
+                checkpoint_dir=self.training if keeps else None,
+                checkpoint_steps=tuning.checkpoint_steps,
+            )
             status = prepared.compressor.status()
             note(", ".join(f"{word} {float(value):.3g}" for word, value in status.items()))
 

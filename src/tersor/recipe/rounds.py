@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tersor.errors import CheckpointError
 from tersor.graph.coupling import Masks
 from tersor.pruning.rounds import Best, Round
-from tersor.recipe.spec import Recipe
 from tersor.speedup import ModelSpeedup, SpeedupReport
-from tersor.storage import write_text
 from tersor.training import Evaluator, TrainingResult
 from tersor.training.evaluator import TrainingHooks
 
 ROUNDS_FILE = "rounds.pt"
-RECIPE_FILE = "recipe.json"
-WHAT_COUNTS = {"model", "data", "pruning", "fine_tuning", "seed", "device"}
 
 
 class Narrated(Evaluator):
@@ -95,37 +88,6 @@ class _Speedup:
         return small
 
 
-def begin_rounds(recipe: Recipe, folder: Path) -> bool:
-    """Say whose rounds a folder keeps.
-
-    Args:
-        recipe: the run's.
-        folder: where rounds are kept.
-
-    Returns:
-        Whether there are rounds of a run that was killed, to go on from.
-
-    Raises:
-        CheckpointError: they are those of another recipe.
-    """
-    asked = recipe.model_dump(mode="json", include=WHAT_COUNTS)
-    file = folder / RECIPE_FILE
-    if not (folder / ROUNDS_FILE).exists():
-        write_text(file, json.dumps(asked, indent=1))
-        return False
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if differing := [name for name in asked if known.get(name) != asked[name]]:
-        raise CheckpointError(
-            f"holds the rounds of a run that was not finished, of a recipe with another {', '.join(differing)}",
-            where=str(folder),
-            remedy="Delete the folder to begin anew, or give another output.directory.",
-        )
-    return True
-
-
 def kept_round(rounds: Sequence[Round], best: Best) -> Round:
     """The round whose model is kept: of equal ones the later, which is the sparser.
 
@@ -137,11 +99,3 @@ def kept_round(rounds: Sequence[Round], best: Best) -> Round:
         return rounds[-1]
     sign = 1 if best == "maximize" else -1
     return max(rounds, key=lambda of: (-math.inf if of.metric is None else sign * of.metric, of.number))
-
-
-def forget_rounds(folder: Path) -> None:
-    """Delete the rounds, once the run is over."""
-    for name in (ROUNDS_FILE, RECIPE_FILE):
-        (folder / name).unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()

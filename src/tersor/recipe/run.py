@@ -17,9 +17,10 @@ from tersor.deploy.engines import engine_of
 from tersor.graph import Masks
 from tersor.pruning import Pruner, Round, Sparsity, correct_bias, reestimate_batch_norm
 from tersor.pruning.schedule import ScheduledPruner
+from tersor.recipe import kept
 from tersor.recipe.fusion_run import FusionRun
 from tersor.recipe.prepare import Prepared, prepare
-from tersor.recipe.rounds import ROUNDS_FILE, begin_rounds, forget_rounds, kept_round
+from tersor.recipe.rounds import ROUNDS_FILE, kept_round
 from tersor.recipe.runner import Runner, RunResult, described, planned
 from tersor.recipe.spec import Recipe
 from tersor.recipe.stages import Stages
@@ -105,7 +106,7 @@ class PruningRun(Runner):
             speedups=prepared.speedups.reports,
         )
         if prepared.algorithm.in_rounds:
-            forget_rounds(self.rounds)
+            kept.forget(self.rounds, ROUNDS_FILE)
         return result
 
     def _prune(self, pruner: Pruner) -> None:
@@ -123,14 +124,14 @@ class PruningRun(Runner):
         tuning, asked = self.recipe.fine_tuning, self.recipe.alone
         assert asked is not None
         assert asked.schedule is not None
-        if begin_rounds(self.recipe, self.rounds):
+        if kept.begin(self.recipe, self.rounds, ROUNDS_FILE):
             self.stage.say("resume", f"after the rounds in {self.rounds}")
         self.round_begun = perf_counter()
         with self.stage("rounds") as note:
             model, _ = pruner.compress(tuning.max_steps if tuning.epochs else None, tuning.epochs or None)
             rounds = _rounds_of(pruner)
-            kept = kept_round(rounds, asked.schedule.best)
-            note(f"round {kept.number} of {len(rounds)} is kept, {kept.removed:.0%} of the blocks removed")
+            best = kept_round(rounds, asked.schedule.best)
+            note(f"round {best.number} of {len(rounds)} is kept, {best.removed:.0%} of the blocks removed")
         return model
 
     def _round_is_over(self, metric: float | None) -> None:

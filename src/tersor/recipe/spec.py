@@ -79,6 +79,8 @@ class FineTuning(Parsed):
         weight_decay: of the optimizer.
         loss: a function in `torch.nn.functional` or an import path, called with outputs and targets; None where the
             model returns its loss itself.
+        checkpoint_steps: after so many optimizer steps a training is kept that does more than prune, so that the same
+            command goes on with it if it was killed.
     """
 
     epochs: Annotated[int, PlainValidator(partial(values.whole, kind="number of epochs", low=0))] = 1
@@ -91,14 +93,16 @@ class FineTuning(Parsed):
     momentum: Annotated[float | None, optional(partial(values.number, kind="momentum", low=0, high=1))] = None
     weight_decay: Share = 0.0
     loss: OptionalText = "cross_entropy"
+    checkpoint_steps: Annotated[int, PlainValidator(partial(values.whole, kind="number of steps", low=1))] = 100
 
 
 class Output(Parsed):
     """What a run leaves behind.
 
     Attributes:
-        directory: where; made if missing. While a schedule prunes in rounds, they are kept in ``rounds/``, and the same
-            command goes on after the last whole one if it was killed.
+        directory: where; made if missing. While a schedule prunes in rounds, they are kept in ``rounds/``, and while
+            more than pruning is trained, that is in ``training/``; the same command goes on from there if it was
+            killed.
         checkpoint: the small model, as `tersor.load` reads it, in ``checkpoint/``; after each epoch and at the end.
             Where more than pruning is asked for it is there at the end alone, with rounded weights and the calibration
             beside them.
