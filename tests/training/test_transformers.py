@@ -116,6 +116,33 @@ def test_the_user_s_optimizer_goes_on(tmp_path):
     assert_same(ready.model.net, model)
 
 
+class Seen(Model):
+    """Remembers in which type it computed."""
+
+    dtypes = ()
+
+    def forward(self, x, labels=None):
+        outputs = self.net(x)
+        self.dtypes = (*self.dtypes, outputs.dtype)
+        return {"loss": mse_loss(outputs.float(), labels), "logits": outputs}
+
+
+def test_half_precision_ends_with_the_training(tmp_path):
+    ready = trainer(tmp_path, Seen(), bf16=True, eval_rows=ROWS)
+    evaluator = TransformersEvaluator(ready, metric="loss")
+    evaluator.evaluate(ready.model)
+    own = set(vars(ready.model)) | {"dtypes"}
+    evaluator.train(ready.model, max_steps=3)
+    evaluator.train(ready.model, max_steps=1)
+    evaluator.evaluate(ready.model)
+    assert len(ready.model.dtypes) > 5
+    assert set(ready.model.dtypes) == {torch.bfloat16}
+    assert set(vars(ready.model)) == own
+    assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & own
+    ready.model(X, Y)
+    assert ready.model.dtypes[-1] == torch.float32
+
+
 def test_an_optimizer_of_the_trainer_s_is_made_anew(tmp_path):
     ready = trainer(tmp_path, own=False, learning_rate=0.1, lr_scheduler_type="constant", optim="sgd")
     evaluator = TransformersEvaluator(ready)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, final
 
@@ -234,6 +235,7 @@ class TransformersEvaluator(Evaluator):
         begun = perf_counter()
         with (
             modes_kept(model),
+            _unprepared(trainer, model),
             attributes_kept(trainer, *made),
             attributes_kept(trainer.args, "max_steps", "num_train_epochs"),
             attributes_kept(trainer.callback_handler, "callbacks", "optimizer", "lr_scheduler", "train_dataloader"),
@@ -281,7 +283,7 @@ class TransformersEvaluator(Evaluator):
         self._check_model(model)
         if self.trainer.eval_dataset is None:
             return None
-        with modes_kept(model):
+        with modes_kept(model), _unprepared(self.trainer, model):
             results: Mapping[str, Any] = self.trainer.evaluate()
         wanted = _METRICS if self.metric is None else (self.metric, f"eval_{self.metric}")
         for name in wanted:
@@ -307,6 +309,23 @@ class TransformersEvaluator(Evaluator):
     def dummy_input(self) -> Any:
         """What was given."""
         return self._dummy_input
+
+
+@contextmanager
+def _unprepared(trainer: Any, model: Module) -> Iterator[None]:
+    """Give the model its own ``forward`` back at the end.
+
+    For mixed precision the trainer's accelerator puts one in its place that computes in half precision, and leaves it
+    there; what is measured, exported or calibrated later would be so too.
+    """
+    prepared = any(own is model for own in trainer.accelerator._models)
+    with attributes_kept(model, "forward", "_original_forward", "_is_accelerate_prepared"):
+        try:
+            yield
+        finally:
+            if not prepared:  # so that the trainer prepares it anew
+                models = trainer.accelerator._models
+                models[:] = [own for own in models if own is not model]
 
 
 def watched_loss(trainer: Any, steps: CountedSteps) -> Callable[..., Any]:
