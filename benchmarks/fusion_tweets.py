@@ -27,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -296,11 +297,26 @@ def dense_of(teacher: nn.Module, place: Path) -> CompiledModel:
     return CompiledModel.load(place, threads=1)
 
 
+def place_of(item: Item, folder: Path) -> Path:
+    """Where its deployed file is kept."""
+    return folder / f"{item.method}-{item.removed}-{item.seed}-{STEPS}"
+
+
+def in_turns(seed: int, rows: list[Record], folder: Path) -> Record:
+    """Latencies of all rows of a seed, measured in turns, so that what else the machine does touches all alike."""
+    calls: dict[str, Callable[..., Any]] = {"eager": teacher_of(seed, folder)}
+    for row in rows:
+        item = Item(*(row[field] for field in Item._fields))
+        calls[f"{item.method}-{item.removed}"] = CompiledModel.load(place_of(item, folder), threads=1)
+    found = latencies(calls, example(1), repeats=500, seconds=60.0)
+    return {name: round(1000 * own.median, 4) for name, own in found.items()}
+
+
 def measure(item: Item, folder: Path) -> Record:
     """One row."""
     begun = time.perf_counter()
     teacher = teacher_of(item.seed, folder)
-    dense = dense_of(teacher, folder / f"dense-{item.seed}-{STEPS}")
+    dense = dense_of(teacher, place_of(Item("dense", 0.0, item.seed), folder))
     small, error, calls = teacher, None, {"eager": teacher}
     simulated, compiled = teacher, dense
     torch.manual_seed(item.seed)
@@ -311,6 +327,7 @@ def measure(item: Item, folder: Path) -> Record:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             compiled = final.deploy(ENGINE, on_failure="warn", threads=1)
+        compiled.save(place_of(item, folder))
         said = [str(one.message)[:300] for one in caught if "tersor" in one.filename][:3]
         calls["compiled"] = compiled
     seconds = time.perf_counter() - begun
@@ -398,6 +415,7 @@ def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=[*SEEDS])
+    parser.add_argument("--latency", action="store_true", help="measure nothing but latencies, of what is done")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "fusion-tweets")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -405,21 +423,42 @@ def main() -> None:
     done = {tuple(row[field] for field in Item._fields) for row in rows if "error_message" not in row}
     tweets(TRAIN, TEST)
     wanted = [item for item in items() if tuple(item) not in done and item.seed in options.seeds]
+    if options.latency:
+        wanted = []
+        for seed in options.seeds:
+            own = [row for row in rows if row["seed"] == seed and "error_message" not in row]
+            for outcome in run_each(lambda _, __, own=own: in_turns(own[0]["seed"], own, options.folder), own[:1]):
+                found = outcome.record
+                for row in own if outcome.ended is None else ():
+                    times = {"eager": found["eager"], "dense": found["dense-0.0"]}
+                    if row["method"] != "dense":
+                        times["compiled"] = found[f"{row['method']}-{row['removed']}"]
+                    row["milliseconds"] = times
+            write(rows)
     for outcome in run_each(lambda item, _: measure(item, options.folder), wanted, limit=3600.0):
         record = outcome.record if outcome.ended is None else {**outcome.item._asdict(), "error_message": outcome.ended}
         rows = [row for row in rows if tuple(row[field] for field in Item._fields) != tuple(outcome.item)] + [record]
         print(json.dumps(record), flush=True)
-        document = {
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "engine": ENGINE,
-            "tweets": {"train": TRAIN, "test": TEST, "agencies": all_tweets()[2]},
-            "steps": STEPS,
-            "batch_size": BATCH_SIZE,
-            "learning_rate": {"teacher": TEACHER_RATE, "others": RATE},
-            "ratios": {str(removed): ratios(removed) for removed in REMOVED},
-            "rows": rows,
-        }
-        write_text(RESULT, json.dumps(document, indent=1) + "\n")
+        write(rows)
+
+
+def write(rows: list[Record]) -> None:
+    """The results, whole."""
+    document = {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "openvino")},
+        },
+        "engine": ENGINE,
+        "tweets": {"train": TRAIN, "test": TEST, "agencies": all_tweets()[2]},
+        "steps": STEPS,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": {"teacher": TEACHER_RATE, "others": RATE},
+        "distilled": {"temperature": TEMPERATURE, "blocks": BLOCK_WEIGHT},
+        "ratios": {str(removed): ratios(removed) for removed in REMOVED},
+        "rows": rows,
+    }
+    write_text(RESULT, json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any, final
 
@@ -26,6 +25,7 @@ from tersor.training.evaluator import (
     modes_kept,
 )
 from tersor.training.functions import described, number_of
+from tersor.training.prepared import take_back_forward, unprepared
 from tersor.training.steps import CountedSteps, bare_optimizer
 
 require("training with Transformers", "tersor[transformers]", "transformers", "accelerate")
@@ -120,8 +120,9 @@ class CompressionCallback(_Following):
         compressor.start()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finish them."""
+        """Finish them, on the model's own ``forward``: not the one in half precision that the accelerator put there."""
         self.leave()
+        take_back_forward(kwargs["model"])
         self._compressor.finish()
 
     def leave(self) -> None:
@@ -235,7 +236,7 @@ class TransformersEvaluator(Evaluator):
         begun = perf_counter()
         with (
             modes_kept(model),
-            _unprepared(trainer, model),
+            unprepared(trainer.accelerator, model),
             attributes_kept(trainer, *made),
             attributes_kept(trainer.args, "max_steps", "num_train_epochs"),
             attributes_kept(trainer.callback_handler, "callbacks", "optimizer", "lr_scheduler", "train_dataloader"),
@@ -283,7 +284,7 @@ class TransformersEvaluator(Evaluator):
         self._check_model(model)
         if self.trainer.eval_dataset is None:
             return None
-        with modes_kept(model), _unprepared(self.trainer, model):
+        with modes_kept(model), unprepared(self.trainer.accelerator, model):
             results: Mapping[str, Any] = self.trainer.evaluate()
         wanted = _METRICS if self.metric is None else (self.metric, f"eval_{self.metric}")
         for name in wanted:
@@ -309,23 +310,6 @@ class TransformersEvaluator(Evaluator):
     def dummy_input(self) -> Any:
         """What was given."""
         return self._dummy_input
-
-
-@contextmanager
-def _unprepared(trainer: Any, model: Module) -> Iterator[None]:
-    """Give the model its own ``forward`` back at the end.
-
-    For mixed precision the trainer's accelerator puts one in its place that computes in half precision, and leaves it
-    there; what is measured, exported or calibrated later would be so too.
-    """
-    prepared = any(own is model for own in trainer.accelerator._models)
-    with attributes_kept(model, "forward", "_original_forward", "_is_accelerate_prepared"):
-        try:
-            yield
-        finally:
-            if not prepared:  # so that the trainer prepares it anew
-                models = trainer.accelerator._models
-                models[:] = [own for own in models if own is not model]
 
 
 def watched_loss(trainer: Any, steps: CountedSteps) -> Callable[..., Any]:
