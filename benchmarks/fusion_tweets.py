@@ -43,6 +43,7 @@ from tersor.analysis import measure as latencies
 from tersor.compressor import Compressor
 from tersor.deploy import CompiledModel, QuantizationSpeedup
 from tersor.deploy.engines import engine_of
+from tersor.errors import TersorError
 from tersor.quantization import PtqQuantizer
 from tersor.storage import write_text
 
@@ -350,6 +351,14 @@ def measure(item: Item, folder: Path) -> Record:
     }
 
 
+def attempt(item: Item, folder: Path) -> Record:
+    """One row, or why there is none."""
+    try:
+        return measure(item, folder)
+    except TersorError as error:
+        return {**item._asdict(), "error_message": str(error)[:500]}
+
+
 def items() -> list[Item]:
     """All rows, seed after seed."""
     return [
@@ -435,7 +444,7 @@ def main() -> None:
                         times["compiled"] = found[f"{row['method']}-{row['removed']}"]
                     row["milliseconds"] = times
             write(rows)
-    for outcome in run_each(lambda item, _: measure(item, options.folder), wanted, limit=3600.0):
+    for outcome in run_each(lambda item, _: attempt(item, options.folder), wanted, limit=3600.0):
         record = outcome.record if outcome.ended is None else {**outcome.item._asdict(), "error_message": outcome.ended}
         rows = [row for row in rows if tuple(row[field] for field in Item._fields) != tuple(outcome.item)] + [record]
         print(json.dumps(record), flush=True)

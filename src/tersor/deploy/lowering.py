@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from tersor.analysis.batches import batch_size_of, with_batch_size
 from tersor.config.values import is_activation
-from tersor.deploy.operators import choose, dequantize, quantize
+from tersor.deploy.operators import choose, dequantize, quantize, spread
 from tersor.deploy.stored import Stored
 from tersor.deploy.structure import arguments_of, plain_nesting
 from tersor.deploy.weights import burnt_into_heads, compute_parametrized, store_parameters
@@ -287,6 +287,10 @@ class Rounded(Transform):
         scale, zero_point = self._found or self._each(value.shape[axis] if axis is not None else 1)
         self._found = None
         q = quantize(value, scale, zero_point, stored.kind, stored.low, stored.high, axis, block)
+        if value.dtype is torch.float64 and not torch.compiler.is_compiling():
+            # As the quantizers simulate: to be off by float32's last digit makes what lies deeper round the other way.
+            shift, factor = (spread(own.double(), q, axis, block) for own in (zero_point, scale))
+            return (q.double() - shift) * factor
         values = dequantize(q, scale, zero_point, stored.kind, axis, block)
         return values if value.dtype is torch.float32 else values.to(value.dtype)
 
