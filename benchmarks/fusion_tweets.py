@@ -355,7 +355,7 @@ def attempt(item: Item, folder: Path) -> Record:
     """One row, or why there is none."""
     try:
         return measure(item, folder)
-    except TersorError as error:
+    except (TersorError, RuntimeError) as error:
         return {**item._asdict(), "error_message": str(error)[:500]}
 
 
