@@ -218,3 +218,21 @@ def test_masks_of_outputs_stay():
     final = finalize(quantizer, X)
     with torch.no_grad():
         assert relative_error([final.model.eval()(X)], [model.eval()(X)]) < 2e-2
+
+
+@pytest.mark.parametrize("inputs", [False, True])
+def test_double_precision_compares_the_stored_values(inputs):
+    """Off by a last digit of float32, weights and inputs make deep models round the other way."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+    pruner = L1NormPruner(model, [{"op_names": ["0"], "sparse_ratio": 0.5}], example_inputs=x)
+    pruner.compress()
+    entries = [{**entry, "op_types": ["Linear"]} for entry in (INT8 if inputs else INT8[:1])]
+    quantizer = PtqQuantizer.from_compressor(pruner, entries, calibration=[x])
+    quantizer.compress()
+    before = {name: own.clone() for name, own in model.state_dict().items() if own.is_floating_point()}
+    assert finalize(quantizer).error < 1e-14
+    assert all(torch.equal(own, model.state_dict()[name]) for name, own in before.items())
+    assert len(model[0].weight[0].unique()) <= 8

@@ -1,5 +1,6 @@
 """Transformers: the evaluator and the callback agree with the loop written by hand."""
 
+import functools
 from importlib.util import find_spec
 
 import pytest
@@ -114,6 +115,52 @@ def test_the_user_s_optimizer_goes_on(tmp_path):
     for _ in range(2):
         by_hand(steps=3, model=model, optimizer=optimizer)
     assert_same(ready.model.net, model)
+
+
+class Seen(Model):
+    """Remembers in which type it computed."""
+
+    dtypes = ()
+
+    def forward(self, x, labels=None):
+        outputs = self.net(x)
+        self.dtypes = (*self.dtypes, outputs.dtype)
+        return {"loss": mse_loss(outputs.float(), labels), "logits": outputs}
+
+
+def test_half_precision_ends_with_the_training(tmp_path):
+    ready = trainer(tmp_path, Seen(), bf16=True, eval_rows=ROWS)
+    evaluator = TransformersEvaluator(ready, metric="loss")
+    evaluator.evaluate(ready.model)
+    own = set(vars(ready.model)) | {"dtypes"}
+    evaluator.train(ready.model, max_steps=3)
+    evaluator.train(ready.model, max_steps=1)
+    evaluator.evaluate(ready.model)
+    assert len(ready.model.dtypes) > 5
+    assert set(ready.model.dtypes) == {torch.bfloat16}
+    assert set(vars(ready.model)) == own
+    assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & own
+    ready.model(X, Y)
+    assert ready.model.dtypes[-1] == torch.float32
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_callback_ends_half_precision(tmp_path, patched):
+    ready = trainer(tmp_path, Seen(), bf16=True)
+    if patched:
+        own = ready.model.forward
+        ready.model.forward = functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))
+    forward = vars(ready.model).get("forward")
+    pruner = LevelPruner(ready.model, CONFIG)
+    ready.add_callback(CompressionCallback(pruner, ready))
+    for _ in range(2):
+        ready.model.dtypes = ()
+        ready.train()
+        assert set(ready.model.dtypes) == {torch.bfloat16}
+        assert vars(ready.model).get("forward") is forward
+        ready.model(X, Y)
+        assert ready.model.dtypes[-1] == torch.float32
+    pruner.unwrap_model()
 
 
 def test_an_optimizer_of_the_trainer_s_is_made_anew(tmp_path):

@@ -287,8 +287,10 @@ class Rounded(Transform):
         scale, zero_point = self._found or self._each(value.shape[axis] if axis is not None else 1)
         self._found = None
         q = quantize(value, scale, zero_point, stored.kind, stored.low, stored.high, axis, block)
-        if value.dtype is torch.float64:  # two simulations are compared, and the operator's float32 would tell
-            return (q.double() - spread(zero_point.double(), q, axis, block)) * spread(scale.double(), q, axis, block)
+        if value.dtype is torch.float64 and not torch.compiler.is_compiling():
+            # As the quantizers simulate: to be off by float32's last digit makes what lies deeper round the other way.
+            shift, factor = (spread(own.double(), q, axis, block) for own in (zero_point, scale))
+            return (q.double() - shift) * factor
         values = dequantize(q, scale, zero_point, stored.kind, axis, block)
         return values if value.dtype is torch.float32 else values.to(value.dtype)
 

@@ -26,6 +26,7 @@ from tersor.training.evaluator import (
 from tersor.training.function_evaluator import FunctionEvaluator, check_optimizers, check_ownership, evaluation_of
 from tersor.training.functions import described
 from tersor.training.loops import LoaderLoop, SchedulerInterval, finite, listed
+from tersor.training.prepared import LEFT
 from tersor.training.progress import TrainingProgress
 from tersor.training.steps import CountedSteps, bare_optimizer
 
@@ -201,7 +202,7 @@ class AccelerateEvaluator(FunctionEvaluator):
         preparable = [] if by_epoch else schedulers  # a prepared one steps with the optimizer, and once a process
         with ExitStack() as stack:
             stack.enter_context(_accelerator_kept(self.accelerator))
-            stack.enter_context(attributes_kept(model, "forward", "_original_forward", "_is_accelerate_prepared"))
+            stack.enter_context(attributes_kept(model, *LEFT))
             for optimizer in optimizers:  # a gradient scaler puts a step of its own there
                 stack.enter_context(attributes_kept(bare_optimizer(optimizer), "step"))
             made = listed(self.accelerator.prepare(model, *optimizers, *preparable))

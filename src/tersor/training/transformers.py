@@ -25,6 +25,7 @@ from tersor.training.evaluator import (
     modes_kept,
 )
 from tersor.training.functions import described, number_of
+from tersor.training.prepared import take_back_forward, unprepared
 from tersor.training.steps import CountedSteps, bare_optimizer
 
 require("training with Transformers", "tersor[transformers]", "transformers", "accelerate")
@@ -119,8 +120,9 @@ class CompressionCallback(_Following):
         compressor.start()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finish them."""
+        """Finish them, on the model's own ``forward``: not the one in half precision that the accelerator put there."""
         self.leave()
+        take_back_forward(kwargs["model"])
         self._compressor.finish()
 
     def leave(self) -> None:
@@ -234,6 +236,7 @@ class TransformersEvaluator(Evaluator):
         begun = perf_counter()
         with (
             modes_kept(model),
+            unprepared(trainer.accelerator, model),
             attributes_kept(trainer, *made),
             attributes_kept(trainer.args, "max_steps", "num_train_epochs"),
             attributes_kept(trainer.callback_handler, "callbacks", "optimizer", "lr_scheduler", "train_dataloader"),
@@ -281,7 +284,7 @@ class TransformersEvaluator(Evaluator):
         self._check_model(model)
         if self.trainer.eval_dataset is None:
             return None
-        with modes_kept(model):
+        with modes_kept(model), unprepared(self.trainer.accelerator, model):
             results: Mapping[str, Any] = self.trainer.evaluate()
         wanted = _METRICS if self.metric is None else (self.metric, f"eval_{self.metric}")
         for name in wanted:
