@@ -28,7 +28,7 @@ Form = Literal["non_negative", "signed", "added", "products"]
 
 def engine_config(
     model: nn.Module, example_inputs: Any, engine: str = "auto", *, leaf_types: tuple[type[nn.Module], ...] = ()
-) -> tuple[nn.Module, list[dict[str, Any]]]:
+) -> tuple[fx.GraphModule, list[dict[str, Any]]]:
     """Prepare a model for a quantizer so that an engine can run it in integers as far as that pays.
 
     Engines differ in where they want a value rounded: ONNX Runtime behind each convolution and on both sides of a

@@ -8,10 +8,8 @@ from typing import Any
 from torch import nn
 
 from tersor.deploy.engine_targets import engine_config
+from tersor.deploy.smoothing import NORMS, smooth_inputs
 from tersor.quantization import PtqQuantizer
-
-NORMS = (nn.LayerNorm, nn.RMSNorm)
-"""Behind them some channels are a hundred times larger than the others, in every sample: clipping them is no noise."""
 
 
 def post_training(
@@ -19,8 +17,9 @@ def post_training(
 ) -> PtqQuantizer:
     """Quantize a copy of a model as an engine wants it: :func:`engine_config`, then :class:`PtqQuantizer`.
 
-    Ranges of inputs and outputs are those of least squared error, but in networks with layer norms (transformers) the
-    whole ranges.
+    Ranges of inputs and outputs are those of least squared error. In networks with layer norms (transformers) some
+    channels are a hundred times larger than the others, in every sample: to clip them is no noise, so ranges are whole
+    there, and what is large moves into the weights first (:mod:`tersor.deploy.smoothing`).
 
     Args:
         model: trained; it is left as it was.
@@ -37,9 +36,14 @@ def post_training(
         MissingExtraError: the engine is not installed.
     """
     network, config_list = engine_config(model, example_inputs, engine)
-    observer = "minmax" if any(isinstance(module, NORMS) for module in network.modules()) else "mse"
+    batches = [*calibration]
+    transforms = any(isinstance(module, NORMS) for module in network.modules())
+    if transforms:
+        rounded = [name for entry in config_list if "_input_0" in entry["target_names"] for name in entry["op_names"]]
+        smooth_inputs(network, rounded, batches)
+    observer = "minmax" if transforms else "mse"
     quantizer = PtqQuantizer(
-        network, config_list, calibration=calibration, example_inputs=example_inputs, observer=observer
+        network, config_list, calibration=batches, example_inputs=example_inputs, observer=observer
     )
     quantizer.compress()
     return quantizer
