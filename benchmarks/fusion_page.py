@@ -77,10 +77,11 @@ def table(network: str, dense: Record, rows: Sequence[Record]) -> str:
     for removed, bits, method in points():
         own = chosen(rows, network, removed, bits, method)
         if own:
+            left = 100 * median(row["macs"] for row in own)
             weights = "fp32" if bits == 32 else f"int{bits}"
             lines.append(
                 f"| {100 * removed:.0f} % | {weights} | {method} | {spread([row['deployed'] for row in own])} "
-                f"| {median(row['bytes'] for row in own) / 1000:.0f} | {100 * median(row['macs'] for row in own):.1f} % "
+                f"| {median(row['bytes'] for row in own) / 1000:.0f} | {left:.1f} % "
                 f"| {median(row['milliseconds'] for row in own):.3f} |"
             )
     return "\n".join([*lines, ""])
