@@ -4,7 +4,7 @@ The network of the quickstart loses half of its channels on a schedule, its laye
 are gone, and it learns from its own answers before; all within one epoch. ``finalize`` then cuts masks and scales
 together, and ONNX Runtime runs what is left in int8.
 
-It takes about a minute on one core; ``--images 5000`` is a quick look. Run it with ``python examples/05_fuse.py``.
+It takes about a minute on one core; ``--images 5000`` is a quick look, after which the network knows little.
 """
 
 import argparse
