@@ -297,7 +297,6 @@ class Compressor(ABC):
         if checkpoint_dir is not None:
             run = self._resumable(checkpoint_dir, checkpoint_steps, {"max_steps": max_steps, "max_epochs": max_epochs})
         try:
-            self.wrappers.attach()
             if run is None or not run.resume():
                 self.start()
             trained = any(item.on_train(max_steps, max_epochs) for item in self._chain)

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from tersor.config.dtypes import FloatDtype, QuantDtype
+from tersor.config.dtypes import QuantDtype
 from tersor.deploy.decomposed import decompose
 from tersor.deploy.engine import Engine, Session, Wishes
 from tersor.deploy.executorch_patterns import (
@@ -31,7 +31,7 @@ from tersor.deploy.executorch_session import PORTABLE, RUNTIME, ExecuTorchSessio
 from tersor.deploy.graph import Graph, module_of
 from tersor.deploy.lowering import Fallback, Program
 from tersor.deploy.movement import dequantize_late, merge_limits, on_one_grid, quantize_early
-from tersor.deploy.operators import SIGNS
+from tersor.deploy.operators import not_in_bytes
 from tersor.deploy.packing import fit_parameters
 from tersor.deploy.placement import gather_numbers, join_twins, signed_activations, whole_ranges
 from tersor.errors import InvalidValueError, TraceError
@@ -71,9 +71,7 @@ class ExecuTorch(Engine):
 
     def lacks(self, dtype: QuantDtype, *, is_activation: bool) -> str:
         """Its kernels compute with int8; numbers of less than eight bits are stored in it, but for signs."""
-        if isinstance(dtype, FloatDtype) or dtype.bits > 8 or (dtype == SIGNS and is_activation):
-            return f"has no {dtype.as_config()} {'inputs and outputs' if is_activation else 'weights'}"
-        return ""
+        return not_in_bytes(dtype, is_activation=is_activation)
 
     def prepare(self, program: Program) -> tuple[Program, tuple[Fallback, ...]]:
         """Each value quantized once, as int8, right behind what made it, and all as XNNPACK's kernels take it."""

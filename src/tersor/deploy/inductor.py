@@ -19,14 +19,14 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from tersor.config.dtypes import FloatDtype, QuantDtype
+from tersor.config.dtypes import QuantDtype
 from tersor.deploy.decomposed import decompose
 from tersor.deploy.engine import UINT8, Engine, Operator, Session, Wishes
 from tersor.deploy.graph import Graph, module_of
 from tersor.deploy.inductor_patterns import contraction_behind, misfit, round_before_pools
 from tersor.deploy.lowering import Fallback, Program
 from tersor.deploy.movement import dequantize_late, merge_limits
-from tersor.deploy.operators import SIGNS
+from tersor.deploy.operators import not_in_bytes
 from tersor.deploy.packing import BYTES, fit_parameters
 from tersor.deploy.placement import gather_numbers, join_twins, unsigned_activations, whole_ranges
 from tersor.errors import CheckpointError, InvalidValueError, TraceError
@@ -78,9 +78,7 @@ class Inductor(Engine):
 
     def lacks(self, dtype: QuantDtype, *, is_activation: bool) -> str:
         """Its kernels compute with bytes; numbers of less than eight bits are stored in these, but for signs."""
-        if isinstance(dtype, FloatDtype) or dtype.bits > 8 or (dtype == SIGNS and is_activation):
-            return f"has no {dtype.as_config()} {'inputs and outputs' if is_activation else 'weights'}"
-        return ""
+        return not_in_bytes(dtype, is_activation=is_activation)
 
     def prepare(self, program: Program) -> tuple[Program, tuple[Fallback, ...]]:
         """Each value quantized once, and all as the patterns of Inductor want it."""

@@ -27,6 +27,17 @@ COUNTED = 16
 """Up to so many bits float32 counts exactly enough; beyond, operators compute in float64, as the simulation does."""
 
 
+def not_in_bytes(dtype: QuantDtype, *, is_activation: bool) -> str:
+    """Why kernels that compute with bytes alone cannot hold values of a type; empty where they can.
+
+    >>> not_in_bytes(IntDtype(16), is_activation=True), not_in_bytes(IntDtype(4), is_activation=True)
+    ('has no int16 inputs and outputs', '')
+    """
+    if isinstance(dtype, FloatDtype) or dtype.bits > 8 or (dtype == SIGNS and is_activation):
+        return f"has no {dtype.as_config()} {'inputs and outputs' if is_activation else 'weights'}"
+    return ""
+
+
 def storage_type(dtype: QuantDtype) -> torch.dtype:
     """The least type of torch that holds a type.
 

@@ -178,7 +178,7 @@ class LoaderLoop:
         parts = self._parts()
         if self._position.losses and before is not None:
             skip(parts, len(self._position.losses), before["position"]["now"])
-        else:
+        elif self.on_complete is not None:
             self._position.begin_epoch(self._loader)
         return parts
 

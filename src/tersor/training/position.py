@@ -99,7 +99,7 @@ def loader_state(loader: Any) -> dict[str, Any]:
     >>> first == [*loader]
     True
     """
-    if not isinstance(loader, DataLoader) and hasattr(loader, "state_dict"):
+    if not isinstance(loader, DataLoader) and hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         return {"own": loader.state_dict()}
     return {"generators": [generator.get_state() for generator in _generators(loader)]}
 

@@ -26,6 +26,10 @@ class Stateful(Protocol):
 
     model: nn.Module
 
+    def wrap_model(self) -> nn.Module:
+        """Simulate."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What it knows by now."""
         ...
@@ -106,6 +110,7 @@ class ResumableRun:
                 where=str(self._file),
                 remedy="Delete the file to begin anew, or give another checkpoint_dir.",
             )
+        self._compressor.wrap_model()
         self._compressor.load_state_dict(state["compressors"])
         self._compressor.model.load_state_dict(state["model"])
         self._evaluator.load_state_dict(state["evaluator"])
