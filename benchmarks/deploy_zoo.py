@@ -42,9 +42,10 @@ LIMIT = 180.0
 RATIO = 0.5
 TOLERANCE = 1e-4
 MIN_SNR = 40.0
-LAYERS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
-)  # fmt: skip
+LAYERS = {
+    "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear",
+    "Conv1D",  # the linear layer of Transformers' GPT-2
+}  # fmt: skip
 
 Record = dict[str, Any]
 
@@ -170,7 +171,7 @@ class _Case:
         ).compile()
 
     def _quantized(self) -> PtqQuantizer | None:
-        kinds = sorted({kind.__name__ for kind in LAYERS for own in self.model.modules() if type(own) is kind})
+        kinds = sorted(LAYERS & {type(own).__name__ for own in self.model.modules()})
         if not kinds:
             return None
         quantizer = PtqQuantizer(
