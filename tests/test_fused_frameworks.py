@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import tersor
 from tersor.distillation import Adaptive1dLayerwiseDistiller
-from tersor.pruning import AGPPruner, L1NormPruner
-from tersor.quantization import QATQuantizer
+from tersor.pruning import AGPPruner, L1NormPruner, LinearPruner, MovementPruner, TaylorPruner
+from tersor.quantization import LsqQuantizer, QATQuantizer
 from tersor.testing.processes import in_two_processes, why_not_two
 from tersor.training.ranks import mean_over_processes
 from tests.torchvision_stub import import_torchvision
@@ -100,7 +100,7 @@ def by_deepspeed(stage, model):
                 engine.step()
 
     config = {"train_micro_batch_size_per_gpu": 8, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
-    config["zero_optimization"] = {"stage": stage}
+    config["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
     return tersor.DeepspeedTorchEvaluator(training, remembering(model), config, sgd(model))
 
 
@@ -149,7 +149,32 @@ def compress(model, evaluator):
     return found | {name: own.detach().clone() for name, own in model.named_parameters()}
 
 
-def check(evaluator_of, make=Net):
+def learn(model, evaluator, pruner_of):
+    """Prune by what gradients say, and learn steps."""
+    half = [{"op_names": ["net.0"], "sparse_ratio": 0.5}]
+    pruner = pruner_of(model, half, evaluator)
+    int8 = [{"op_types": ["Linear"], "target_names": ["weight"], "quant_dtype": "int8"}]
+    last = LsqQuantizer.from_compressor(pruner, int8)
+    last.compress(max_steps=STEPS)
+    found = {f"mask {m}.{t}": mask.clone() for m, own in pruner.get_masks().items() for t, mask in own.items()}
+    last.unwrap_model()
+    return found | {name: own.detach().clone() for name, own in model.named_parameters()}
+
+
+def movement(model, config_list, evaluator):
+    return MovementPruner(model, config_list, evaluator, warmup_step=2, cooldown_begin_step=6)
+
+
+def soft_movement(model, config_list, evaluator):
+    config_list = [{"op_names": ["net.0"], "sparse_threshold": 0.5}]
+    return MovementPruner(model, config_list, evaluator, warmup_step=2, cooldown_begin_step=6, regular_scale=1.0)
+
+
+def taylor(model, config_list, evaluator):
+    return LinearPruner(TaylorPruner(model, config_list, evaluator, training_steps=4), interval_steps=4, total_times=1)
+
+
+def check(evaluator_of, make=Net, compress=compress):
     """Two processes, each with half of every batch, and one with all of it."""
 
     def work(rank):
@@ -183,11 +208,21 @@ def test_lightning():
     check(by_lightning, lightning_net)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_deepspeed(stage, monkeypatch):
+def deepspeed_on_the_cpu(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         deepspeed = pytest.importorskip("deepspeed")
     monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)  # which would be compiled
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed(stage, monkeypatch):
+    deepspeed_on_the_cpu(monkeypatch)
     check(lambda model: by_deepspeed(stage, model))
+
+
+@pytest.mark.parametrize("pruner_of", [movement, soft_movement, taylor])
+def test_deepspeed_whose_parameters_are_in_slices(pruner_of, monkeypatch):
+    deepspeed_on_the_cpu(monkeypatch)
+    check(lambda model: by_deepspeed(3, model), compress=lambda *of: learn(*of, pruner_of))

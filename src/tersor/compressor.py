@@ -157,7 +157,7 @@ class Compressor(ABC):
             raise ConflictError(
                 f"{', '.join(unable)} works on whole parameters, and fully_shard has shared them out over processes",
                 where=type(self.model).__name__,
-                remedy="Train with DistributedDataParallel, or DeepSpeed's ZeRO up to stage 2; docs/many_machines.md "
+                remedy="Train with DistributedDataParallel, or DeepSpeed's ZeRO; docs/many_machines.md "
                 "says what goes with FSDP2.",
             )
 

@@ -215,7 +215,7 @@ class AccelerateEvaluator(FunctionEvaluator):
             raise TrainingError(
                 f"{kind.name} shards parameters or trains copies of them, and masks and scales need them whole.",
                 where="accelerator",
-                remedy="Let each process have the whole model; for ZeRO up to stage 2 use DeepspeedTorchEvaluator.",
+                remedy="Let each process have the whole model; for ZeRO use DeepspeedTorchEvaluator.",
             )
 
 

@@ -1,4 +1,4 @@
-"""Training with DeepSpeed: ZeRO stages 0 to 2, whose parameters are whole in each process."""
+"""Training with DeepSpeed: ZeRO stages 0 to 3."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 
 from tersor.errors import ConflictError, InvalidValueError, TrainingError
 from tersor.extras import require
+from tersor.training import zero3
 from tersor.training.engine_state import left_whole
 from tersor.training.evaluator import NoHooks, TrainingHooks, TrainingResult, check_limits, modes_kept
 from tersor.training.function_evaluator import FunctionEvaluator, check_ownership
 from tersor.training.functions import described
 from tersor.training.steps import CountedSteps
+from tersor.wrapping.sharding import is_sliced
 
 
 @final
@@ -37,8 +39,10 @@ class DeepspeedTorchEvaluator(FunctionEvaluator):
     all processes and averaged, and before DeepSpeed clips them; mind that its ``gradient_clipping`` may not be 0 where
     the config leaves it out. What they change in parameters goes into the engine's master weights.
 
-    ZeRO stage 3 is refused, since it leaves no process with whole parameters, which masks, scales and their statistics
-    are about. So are fp16, whose gradients are scaled, bf16 without ZeRO, and parameters that are offloaded.
+    Under ZeRO stage 3 each process has a slice of each parameter, whole ones only of the modules that compute; where
+    compressors look, before and after a step, all parameters and gradients are whole for that moment. The model that
+    is given is whole, and so is the trained one. Refused are fp16, whose gradients are scaled, bf16 without ZeRO, and
+    parameters that are offloaded.
 
     Args:
         training_func: ``training_func(engine, optimizer, training_step, lr_scheduler, max_steps, max_epochs)`` trains.
@@ -146,12 +150,13 @@ class DeepspeedTorchEvaluator(FunctionEvaluator):
 
 def _check_engine(engine: Any) -> None:
     """Refuse an engine whose master weights and gradients cannot be reached."""
-    plain = isinstance(engine.optimizer, Optimizer)
-    if not plain and not hasattr(engine.optimizer, "single_partition_of_fp32_groups"):
+    zero = engine.optimizer
+    seen = isinstance(zero, Optimizer) or zero3.is_stage_3(zero) or hasattr(zero, "single_partition_of_fp32_groups")
+    if not seen:
         raise TrainingError(
-            f"under this config it trains by a {type(engine.optimizer).__name__}, whose master weights cannot be seen.",
+            f"under this config it trains by a {type(zero).__name__}, whose master weights cannot be seen.",
             where="deepspeed",
-            remedy="Train in float32, or in bf16 with ZeRO stage 1 or 2 and without grad_accum_dtype.",
+            remedy="Train in float32, or in bf16 with ZeRO stage 1 to 3 and without grad_accum_dtype.",
         )
     if getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
         raise TrainingError(
@@ -168,11 +173,11 @@ def _accompany(engine: Any, steps: CountedSteps, *, seen: bool) -> None:
     def step(*args: Any, **kwargs: Any) -> Any:
         if not engine.is_gradient_accumulation_boundary():
             return own_step(*args, **kwargs)
-        with _gradients(engine.module, seen=seen):
+        with _gathered(engine.module, seen=seen), _gradients(engine.module, seen=seen):
             steps.before_step()
         result = own_step(*args, **kwargs)
         if engine.was_step_applied():
-            with _written_back(engine.module):
+            with _written_back(engine.module, seen=seen):
                 steps.after_step()
         return result
 
@@ -199,15 +204,27 @@ def _gradients(model: nn.Module, *, seen: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _written_back(model: nn.Module) -> Iterator[None]:
+def _written_back(model: nn.Module, *, seen: bool) -> Iterator[None]:
     """Take what is written into parameters meanwhile over into the master weights, which would overwrite it."""
     from deepspeed.utils import safe_set_full_fp32_param
 
-    before = [(parameter, parameter._version) for parameter in model.parameters()]
-    yield
-    for parameter, version in before:
-        if parameter._version != version:
-            safe_set_full_fp32_param(parameter, parameter.detach().float())
+    with _gathered(model, seen=seen):
+        before = [(parameter, parameter._version) for parameter in model.parameters()]
+        yield
+        written = [parameter for parameter, version in before if parameter._version != version]
+        values = [parameter.detach().clone() for parameter in written]
+    for parameter, value in zip(written, values, strict=True):
+        if is_sliced(parameter):
+            zero3.write(parameter, value)
+        else:
+            safe_set_full_fp32_param(parameter, value.float())
+
+
+@contextmanager
+def _gathered(model: nn.Module, *, seen: bool) -> Iterator[None]:
+    """Show whole parameters where ZeRO leaves no process with them, if anybody looks."""
+    with zero3.gathered(model.parameters() if seen else ()):
+        yield
 
 
 def read_config(given: Mapping[str, Any] | str | Path) -> dict[str, Any]:
@@ -244,14 +261,6 @@ def check_config(config: Mapping[str, Any]) -> None:
         ConflictError: naming the setting and what to do instead.
     """
     zero = config.get("zero_optimization") or {}
-    stage = zero.get("stage", 0)
-    if stage == 3:
-        raise ConflictError(
-            "ZeRO stage 3 leaves no process with whole parameters, which masks and scales are made from",
-            where="deepspeed['zero_optimization']['stage']",
-            legal=(0, 1, 2),
-            remedy="Stage 2 shards the gradients and the optimizer's state, which is most of what stage 3 saves.",
-        )
     for key in ("offload_optimizer", "offload_param"):
         if (zero.get(key) or {}).get("device", "none") != "none":
             raise ConflictError(

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
+
+from tersor.training import zero3
+from tersor.wrapping.sharding import is_sliced
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -17,8 +21,9 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_
 class WholeAgain:
     """A model and an optimizer as they are before an engine is made of them.
 
-    ZeRO makes views of one flat tensor of the parameters, hangs its own on them, and puts flat master weights into the
-    optimizer's groups. The optimizer's state is handed over to these in parts and taken back in parts.
+    ZeRO makes views of one flat tensor of the parameters, or slices, hangs its own on them and on modules, and puts
+    flat master weights into the optimizer's groups. The optimizer's state is handed over to these in parts and taken
+    back in parts.
 
     Attributes:
         engine: the engine, as soon as there is one.
@@ -34,6 +39,7 @@ class WholeAgain:
         self._hooks = [
             (registry, set(registry)) for module in model.modules() for registry in (vars(module)[of] for of in _HOOKS)
         ]
+        self._linear = functional.linear  # stage 3 puts its own in its place, for the whole process
         self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._states: dict[Tensor, dict[str, Any]] = {}
         if self._optimizer is not None:
@@ -50,6 +56,9 @@ class WholeAgain:
             return  # they are the parameters themselves
         self._optimizer.state.clear()
         zero = self.engine.optimizer
+        if zero3.is_stage_3(zero):
+            zero3.give_states(zero, self._optimizer, self._states)
+            return
         for master, parameters in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
             state = self._optimizer.state[master]
             for parameter in parameters:
@@ -66,7 +75,7 @@ class WholeAgain:
     def take_back(self) -> None:
         """Destroy the engine; model and optimizer are whole again, with what they have learnt."""
         zero = getattr(self.engine, "optimizer", None)
-        flat = hasattr(zero, "single_partition_of_fp32_groups")
+        flat = hasattr(zero, "single_partition_of_fp32_groups") or zero3.is_stage_3(zero)
         values = [self._master(tensor) if flat else tensor.detach() for tensor in self._tensors]
         states = self._learnt_states(zero) if flat else {} if self._optimizer is None else dict(self._optimizer.state)
         if self.engine is not None:
@@ -77,6 +86,9 @@ class WholeAgain:
             tensor.data = value.to(kind, copy=True)
             vars(tensor).clear()
             vars(tensor).update(own)
+        functional.linear = self._linear
+        for module in self._model.modules():
+            zero3.leave(module)
         for registry, names in self._hooks:
             for name in [name for name in registry if name not in names]:
                 del registry[name]
@@ -91,6 +103,8 @@ class WholeAgain:
         """The float32 value of a parameter that the engine trains; else its own."""
         from deepspeed.utils import safe_get_full_fp32_param
 
+        if is_sliced(tensor):
+            return zero3.value_of(tensor)
         whole = safe_get_full_fp32_param(tensor) if hasattr(tensor, "_hp_mapping") else None
         return tensor.detach() if whole is None else whole
 
@@ -101,6 +115,8 @@ class WholeAgain:
         states: dict[Tensor, dict[str, Any]] = {}
         if self._optimizer is None:
             return states
+        if zero3.is_stage_3(zero):
+            return zero3.learnt_states(zero, self._optimizer)
         for master, parameters in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
             flat = self._optimizer.state.get(master, {})
             for parameter in parameters if flat else ():

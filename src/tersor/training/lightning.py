@@ -308,7 +308,7 @@ def check_trainable(trainer: Any, module: Module) -> None:
         raise TrainingError(
             "it shards or flattens parameters, and masks and scales need them whole.",
             where=strategy.__name__,
-            remedy="Train with strategy='ddp', or with DeepspeedTorchEvaluator up to ZeRO stage 2.",
+            remedy="Train with strategy='ddp', or with DeepspeedTorchEvaluator.",
         )
     if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
         raise TrainingError(

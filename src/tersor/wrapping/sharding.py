@@ -47,6 +47,15 @@ def is_sharded(model: nn.Module) -> bool:
     return next(_sharded_modules(model), None) is not None
 
 
+def is_sliced(tensor: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO stage 3 has this parameter in its hands.
+
+    >>> is_sliced(torch.ones(2))
+    False
+    """
+    return hasattr(tensor, "ds_id")
+
+
 def is_managed(module: nn.Module) -> bool:
     """Whether ``fully_shard`` moves the parameters of this module in and out.
 
@@ -69,6 +78,12 @@ def refuse_sharded(model: nn.Module, *, remedy: str = GATHER) -> None:
     if is_sharded(model):
         raise WrapError(
             "its parameters are shared out over processes (fully_shard)", where=type(model).__name__, remedy=remedy
+        )
+    if any(is_sliced(parameter) for parameter in model.parameters()):
+        raise WrapError(
+            "its parameters are shared out over processes (DeepSpeed's ZeRO stage 3)",
+            where=type(model).__name__,
+            remedy="Make it outside of deepspeed.zero.Init; DeepspeedTorchEvaluator shares it out for a training.",
         )
 
 
