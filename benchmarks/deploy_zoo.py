@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from benchmarks.channel_sizes import RESULT as SIZES
 from benchmarks.deploy_zoo_page import PAGE, PARTS, page
@@ -138,6 +139,8 @@ class _Case:
 
         What departs from the simulation is refused by the speedup itself.
         """
+        if computed := _stored(self.model):
+            figures["note"] = f"weights that were computed are stored first: {', '.join(computed)}"
         quantizer = self._quantized()
         if quantizer is None:
             figures["note"] = "has neither convolutions nor linear layers"
@@ -182,6 +185,16 @@ class _Case:
         )
         quantizer.compress()
         return quantizer
+
+
+def _stored(model: nn.Module) -> list[str]:
+    """Take parametrizations (weight norm) away, as quantizers ask for where they train nothing; whose they were."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        for tensor in [*getattr(module, "parametrizations", ())]:
+            parametrize.remove_parametrizations(module, tensor)
+            found.append(name)
+    return found
 
 
 def _named(model: nn.Module, inputs: Any) -> Any:

@@ -120,14 +120,16 @@ class MissingExtraError(TersorError, ImportError):
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-    """The remedy that offers the nearest spelling, or an empty string where nothing is near.
+    """The remedy that offers the nearest spelling, or an empty string where nothing is near or the name is no mistake.
 
     >>> nearest("sparse_ration", ["sparse_ratio", "granularity"])
     "Did you mean 'sparse_ratio'?"
-    >>> nearest("xyz", ["sparse_ratio"])
-    ''
+    >>> nearest("xyz", ["sparse_ratio"]), nearest("Linear", ["Linear", "Bilinear"])
+    ('', '')
     """
     known = list(candidates)
+    if name in known:
+        return ""
     folded = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)
     return f"Did you mean {folded[close[0]]!r}?" if close else ""

@@ -70,6 +70,7 @@ def test_default_stands_for_the_types_given():
         ({"op_types": [nn.LSTM]}, "['op_types']", ["'LSTM'", "Legal: Net, Conv2d"]),
         ({"op_types": ["default"]}, "['op_types']", ["'default'"]),
         ({"op_types": ["Embeding"]}, "['op_types']", ["Did you mean 'Embedding'?"]),
+        ({"op_types": ["Embedding"]}, "['op_types']", ["Look at the model's module types."]),
         ({"op_names": "fc", "exclude_op_names": "fcc"}, "['exclude_op_names']", ["'fcc'", "Did you mean 'fc'?"]),
         ({"op_names": "fc", "exclude_op_names_re": "x"}, "['exclude_op_names_re']", ["'x'"]),
         ({"op_names": "fc", "exclude_op_types": "Line"}, "['exclude_op_types']", ["'Line'", "'Linear'"]),

@@ -243,7 +243,7 @@ class QuantizationSpeedup:
         results: list[Tensor],
     ) -> None:
         """Outputs that are far from the simulation's: as far as rounding brings them, and each layer right?"""
-        own, floor = compiled.report.simulation_snr, floor_of(program, simulation)
+        own, floor = compiled.report.simulation_snr, floor_of(program, prepared, simulation)
         layers = layerwise(
             self.engine, prepared, simulation.inputs, flat, results, threads=self.threads, options=self.options
         )
