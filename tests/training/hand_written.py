@@ -1,9 +1,15 @@
 """The loop that everybody writes by hand, which each evaluator must agree with."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
+
+from tersor.distillation import DynamicLayerwiseDistiller
+from tersor.pruning import AGPPruner, L1NormPruner
+from tersor.quantization import LsqQuantizer
 
 X = torch.linspace(-1, 1, 30).reshape(10, 3).sin()
 Y = X.square().sum(dim=1, keepdim=True)
@@ -103,3 +109,17 @@ LIMITS = [
     ({"max_steps": 5, "max_epochs": 1}, 3, 1),
     ({"max_steps": 2, "max_epochs": 9}, 2, 0),
 ]
+
+
+def fused(model, example_inputs):
+    """A schedule, learned steps and a teacher on the `net` of a model; the quantizer, and the last of them."""
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.mul_(1.5)
+    pruner = L1NormPruner(model, [{"op_names": ["net.0"], "sparse_ratio": 0.5}], example_inputs=example_inputs)
+    schedule = AGPPruner(pruner, interval_steps=2, total_times=3)
+    int8 = [{"op_types": ["Linear"], "target_names": ["weight", "_input_"], "quant_dtype": "int8"}]
+    quantizer = LsqQuantizer.from_compressor(schedule, int8)
+    distilled = [{"op_names": ["net.0"], "lambda": 0.1}]
+    return quantizer, DynamicLayerwiseDistiller.from_compressor(quantizer, distilled, teacher)

@@ -23,6 +23,7 @@ from tests.training.hand_written import (
     assert_no_hook,
     assert_same,
     by_hand,
+    fused,
     loader,
 )
 
@@ -222,6 +223,38 @@ def test_the_callback_compresses_while_the_user_fits(packages):
     assert int((module.net[0].weight == 0).sum()) == 6
     pruner.unwrap_model()
     by_user.unwrap_model()
+
+
+class Stopped(pl.Callback):
+    """Ends the process, so to say, in the step after a checkpoint."""
+
+    def __init__(self, path, steps):
+        self.path, self.steps = path, steps
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.steps:
+            trainer.save_checkpoint(self.path)
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+def test_a_fit_goes_on_from_a_checkpoint(tmp_path, unwrapped, steps):
+    def fit(*callbacks, **where):
+        module = Module()
+        quantizer, last = fused(module, X[:1])
+        trainer(max_steps=9, callbacks=[CompressionCallback(last), *callbacks]).fit(module, loader(), **where)
+        assert_untouched(module)
+        assert not {"on_load_checkpoint", "training_step"} & vars(module).keys()
+        return module, quantizer.get_calibration_config(), last.unwrap_model()
+
+    path = tmp_path / "fit.ckpt"
+    with pytest.raises(ZeroDivisionError):
+        fit(Stopped(path, steps))
+    module, calibration, _ = fit(ckpt_path=path)
+    whole, expected, _ = fit()
+    assert torch.equal(calibration["net.0"]["weight"]["scale"], expected["net.0"]["weight"]["scale"])
+    for name, value in whole.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
 
 
 def test_the_callback_is_gone_after_an_error():

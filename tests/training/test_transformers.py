@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from tersor.errors import InvalidValueError, TrainingError
+from tersor.errors import CheckpointError, InvalidValueError, TrainingError
 from tersor.pruning import ADMMPruner, LevelPruner
 from tests.torchvision_stub import import_torchvision
 from tests.training.hand_written import (
@@ -22,6 +22,7 @@ from tests.training.hand_written import (
     assert_no_hook,
     assert_same,
     by_hand,
+    fused,
     loader,
 )
 
@@ -295,6 +296,33 @@ def test_the_callback_compresses_while_the_user_trains(tmp_path):
     expected = by_user(ADMMPruner(model, CONFIG, training_steps=2), model, 7)
     assert_same(pruner.unwrap_model(bake=True), expected)
     assert int((ready.model.net[0].weight == 0).sum()) == 6
+
+
+def test_a_training_goes_on_from_a_checkpoint(tmp_path, unwrapped):
+    def train(folder, *, resume=None, **options):
+        ready = trainer(folder, max_steps=9, save_strategy="steps", save_steps=4, **options)
+        quantizer, last = fused(ready.model, {"x": X[:1], "labels": Y[:1]})
+        ready.add_callback(CompressionCallback(last, ready))
+        ready.train(resume_from_checkpoint=resume)
+        scales = {name: said["weight"]["scale"] for name, said in quantizer.get_calibration_config().items()}
+        return {**last.unwrap_model().state_dict(), **scales}
+
+    class Killed(Unshuffled):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 5:
+                raise ZeroDivisionError
+            return super().training_step(*args, **kwargs)
+
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "killed", kind=Killed)
+    found = train(tmp_path / "killed", resume=True)
+    expected = train(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    (tmp_path / "killed" / "checkpoint-4" / "tersor.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"checkpoint-4.tersor.pt: training goes on from step 4"):
+        train(tmp_path / "killed", resume=str(tmp_path / "killed" / "checkpoint-4"))
 
 
 def test_a_callback_alone_serves_those_who_leave_the_loss_as_it_is(tmp_path):

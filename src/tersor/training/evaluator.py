@@ -35,7 +35,7 @@ class TrainingHooks(Protocol):
 
 
 class CompressorLike(TrainingHooks, Protocol):
-    """What a callback for somebody else's training needs of a compressor."""
+    """What those who train need of a compressor, and of all that are fused with it."""
 
     model: Module
 
@@ -50,6 +50,18 @@ class CompressorLike(TrainingHooks, Protocol):
 
     def finish(self) -> None:
         """Called after training."""
+        ...
+
+    def wrap_model(self) -> Module:
+        """Simulate; called in place of ``start`` where a training is gone on with."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it knows by now."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take that over."""
         ...
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, final
 
@@ -38,6 +39,7 @@ else:  # the same code under its older name; a trainer of either takes callbacks
     from pytorch_lightning import Callback
 
 _PACKAGES = ("lightning", "pytorch_lightning")
+_KEY = "tersor"
 _SHARDING = ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy")
 
 
@@ -101,7 +103,8 @@ class CompressionCallback(_Following):
 
     It starts the compressors when the fit starts, takes the loss of each ``training_step`` through them, tells them of
     each step of the optimizer, and finishes them when the fit has ended. After an error they stay unfinished, and the
-    module is free of hooks.
+    module is free of hooks. Checkpoints hold what the compressors know by then: make module and compressors as before,
+    and ``trainer.fit(module, ckpt_path=...)`` goes on with both.
 
     Args:
         compressor: any of those fused on the module, or on a part of it. It needs no evaluator.
@@ -135,12 +138,42 @@ class CompressionCallback(_Following):
     def __init__(self, compressor: CompressorLike) -> None:
         super().__init__(compressor)
         self._compressor = compressor
+        self._goes_on = False
+        self._loads: dict[str, Any] = {}
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Wrap the module as it was before Lightning reads its state from a checkpoint."""
+        self._goes_on = False
+        self._loads = {name: own for name, own in vars(pl_module).items() if name == "on_load_checkpoint"}
+        pl_module.on_load_checkpoint = partial(self._load, pl_module.on_load_checkpoint)
+
+    def _load(self, own: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
+        own(checkpoint)
+        if _KEY in checkpoint:
+            self._compressor.wrap_model()
+            self._compressor.load_state_dict(checkpoint[_KEY])
+            self._goes_on = True
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        vars(pl_module).pop("on_load_checkpoint", None)
+        vars(pl_module).update(self._loads)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Likewise."""
+        super().on_exception(trainer, pl_module, exception)
+        self.teardown(trainer, pl_module, "fit")
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep what the compressors know beside what Lightning keeps."""
+        checkpoint[_KEY] = self._compressor.state_dict()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Start the compressors."""
+        """Start the compressors, or go on with them."""
         check_contains(pl_module, self._compressor.model)
         super().on_fit_start(trainer, pl_module)
-        self._compressor.start()
+        if not self._goes_on:
+            self._compressor.start()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Finish them."""

@@ -6,14 +6,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import torch
-from torch import nn
 
 from tersor.errors import CheckpointError, InvalidValueError, TrainingError
 from tersor.storage import replacing_file
-from tersor.training.evaluator import Evaluator, Loop
+from tersor.training.evaluator import CompressorLike, Evaluator, Loop
 from tersor.training.random_state import random_state
 from tersor.training.ranks import is_first_process, of_each_process, process
 from tersor.wrapping.sharding import refuse_sharded
@@ -21,22 +20,16 @@ from tersor.wrapping.sharding import refuse_sharded
 CHECKPOINT_FILE = "training.pt"
 
 
-class Stateful(Protocol):
-    """A compressor, with all that are fused with it."""
+def state_of_compressed(compressor: CompressorLike) -> dict[str, Any]:
+    """The model, simulated, and what the compressors know."""
+    return {"compressors": compressor.state_dict(), "model": compressor.model.state_dict()}
 
-    model: nn.Module
 
-    def wrap_model(self) -> nn.Module:
-        """Simulate."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What it knows by now."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take that over."""
-        ...
+def load_compressed(compressor: CompressorLike, state: Mapping[str, Any]) -> None:
+    """Take that over; the compressors go on without being started."""
+    compressor.wrap_model()
+    compressor.load_state_dict(state["compressors"])
+    compressor.model.load_state_dict(state["model"])
 
 
 @final
@@ -62,7 +55,7 @@ class ResumableRun:
 
     def __init__(
         self,
-        compressor: Stateful,
+        compressor: CompressorLike,
         evaluator: Evaluator,
         directory: str | os.PathLike[str],
         interval: int,
@@ -110,9 +103,7 @@ class ResumableRun:
                 where=str(self._file),
                 remedy="Delete the file to begin anew, or give another checkpoint_dir.",
             )
-        self._compressor.wrap_model()
-        self._compressor.load_state_dict(state["compressors"])
-        self._compressor.model.load_state_dict(state["model"])
+        load_compressed(self._compressor, state)
         self._evaluator.load_state_dict(state["evaluator"])
         loop = state["loop"]
         loop["position"]["now"] = state["random"][process() % len(state["random"])]
@@ -142,8 +133,7 @@ class ResumableRun:
             return
         state = {
             "settings": self._settings,
-            "compressors": self._compressor.state_dict(),
-            "model": self._compressor.model.state_dict(),
+            **state_of_compressed(self._compressor),
             "evaluator": self._evaluator.state_dict(),
             "loop": self._loop.state_dict(),
             "random": random_states,

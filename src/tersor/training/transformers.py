@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from time import perf_counter
 from typing import Any, final
 
 import torch
 from torch.nn import Module
 
-from tersor.errors import InvalidValueError, TrainingError
+from tersor.errors import CheckpointError, InvalidValueError, TrainingError
 from tersor.extras import require
+from tersor.storage import replacing_file
 from tersor.training.batches import length_of
 from tersor.training.evaluator import (
     CompressorLike,
@@ -26,12 +28,15 @@ from tersor.training.evaluator import (
 )
 from tersor.training.functions import described, number_of
 from tersor.training.prepared import take_back_forward, unprepared
+from tersor.training.resuming import load_compressed, state_of_compressed
 from tersor.training.steps import CountedSteps, bare_optimizer
 
 require("training with Transformers", "tersor[transformers]", "transformers", "accelerate")
 from transformers import TrainerCallback  # noqa: E402 - what it needs is checked first
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: E402
 
 _METRICS = ("eval_default", "eval_accuracy")
+_FILE = "tersor.pt"
 
 
 class _Following(TrainerCallback):
@@ -70,6 +75,9 @@ class CompressionCallback(_Following):
     the end. A callback does not see the loss. Compressors that add to it (all distillers, some pruners) therefore need
     the trainer, whose ``compute_loss`` is watched while it trains.
 
+    Beside each checkpoint of the trainer's it keeps ``tersor.pt``, what the compressors know by then and the simulated
+    model: make model and compressors as before, and ``trainer.train(resume_from_checkpoint=True)`` goes on with all.
+
     After an error the compressors stay unfinished. A trainer tells its callbacks of no error, so what one leaves behind
     elsewhere than in a compressor or a training step (in loading data, or in any step where no trainer is given) is
     taken back by :meth:`leave`, or when the next training begins.
@@ -81,6 +89,7 @@ class CompressionCallback(_Following):
     Raises:
         TrainingError: when training begins: the loss is needed and there is no trainer; the model is another one; or
             the trainer shards parameters.
+        CheckpointError: when it is resumed from a checkpoint without ``tersor.pt``.
 
     Example:
         >>> from tersor.pruning import LevelPruner  # doctest: +SKIP
@@ -117,7 +126,29 @@ class CompressionCallback(_Following):
                 remedy="Give it the trainer too: CompressionCallback(compressor, trainer).",
             )
         super().on_train_begin(args, state, control, **kwargs)
-        compressor.start()
+        if state.global_step:
+            load_compressed(compressor, self._saved(args, state.global_step))
+        else:
+            compressor.start()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what the compressors know, with the simulated model, beside what the trainer keeps."""
+        if state.is_world_process_zero:
+            with replacing_file(_checkpoint(args.output_dir, state.global_step) / _FILE) as temporary:
+                torch.save(state_of_compressed(self._compressor), temporary)
+
+    def _saved(self, args: Any, step: int) -> Any:
+        """What was kept at this step."""
+        given = args.resume_from_checkpoint
+        places = [_checkpoint(args.output_dir, step), *([Path(given)] if isinstance(given, (str, Path)) else [])]
+        for place in places:
+            if (place / _FILE).exists():
+                return torch.load(place / _FILE, weights_only=True)
+        raise CheckpointError(
+            f"training goes on from step {step}, and what the compressors knew then is not there",
+            where=str(places[0] / _FILE),
+            remedy="Add this callback from the first step on, and resume from a checkpoint in the output_dir.",
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finish them, on the model's own ``forward``: not the one in half precision that the accelerator put there."""
@@ -139,6 +170,11 @@ class CompressionCallback(_Following):
         self._own = {name: vars(trainer).get(name) for name in ("compute_loss", "training_step")}
         trainer.compute_loss = watched_loss(trainer, self.steps)
         trainer.training_step = _or_else(trainer.training_step, self.leave)
+
+
+def _checkpoint(folder: str, step: int) -> Path:
+    """Where a trainer keeps its checkpoint of a step."""
+    return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 class _Guarded:
@@ -365,7 +401,7 @@ def check_trainable(trainer: Any) -> None:
         raise TrainingError(
             "it shards or flattens parameters, and masks and scales need them whole.",
             where="trainer",
-            remedy="Train without fsdp and deepspeed in its arguments, or with DeepspeedTorchEvaluator up to stage 2.",
+            remedy="Train without fsdp and deepspeed in its arguments, or with DeepspeedTorchEvaluator.",
         )
     if trainer.model_init is not None:
         raise TrainingError(
