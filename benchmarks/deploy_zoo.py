@@ -139,8 +139,8 @@ class _Case:
 
         What departs from the simulation is refused by the speedup itself.
         """
-        if computed := _stored(self.model):
-            figures["note"] = f"weights that were computed are stored first: {', '.join(computed)}"
+        if stored := _stored(self.model):
+            figures["stored"] = stored
         quantizer = self._quantized()
         if quantizer is None:
             figures["note"] = "has neither convolutions nor linear layers"

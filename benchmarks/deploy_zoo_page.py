@@ -21,8 +21,9 @@ INTRODUCTION = """\
 Written by `python -m benchmarks.deploy_zoo --table` from `benchmarks/results/deploy_zoo.json` and
 `channel_sizes.json`; measure again with `make deploy-zoo`.
 
-Architectures of the zoo (see [zoo.md](zoo.md); random weights), each *dense* and *pruned*: half of the choices
-(channels, heads) of each free coupling group masked at random, and the model made small on its way to the engine.
+Architectures of the zoo (see [zoo.md](zoo.md); random weights): here those that the test suite takes too, which are
+balanced over families, and all hard cases. Each is tried *dense* and *pruned*: half of the choices (channels, heads) of
+each free coupling group masked at random, and the model made small on its way to the engine.
 *fp32*: the exported model runs there and its outputs are eager's, at another batch size where that is free, to 1e-4 of
 the largest. *int8*: weights, inputs and outputs of all convolutions and linear layers quantized after training, two
 random batches for calibration; the artefact's outputs agree with the simulation's by 40 dB, or by what the simulation
@@ -31,7 +32,7 @@ that of the masked model, cut along; before it is exported, the small model's si
 one's to 1e-4.
 *SNR*: artefact against simulation in dB. *in int8*: operators of convolution and product that run in integers by the
 engine's own profile, of those whose operands are all quantized. Placement here is the quantizer's default, not the
-engine's preferred one (`engine_config`).
+engine's preferred one (`engine_config`). Weights that are computed (weight norm) are stored before they are quantized.
 """
 SIZES = """\
 ## Numbers of channels that engines like
