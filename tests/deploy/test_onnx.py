@@ -72,3 +72,21 @@ def test_a_file_for_another_engine_is_written_without_onnx_runtime(tmp_path, mon
     assert write_program(program, tmp_path / "model.onnx").stat().st_size > 0
     with pytest.raises(MissingExtraError, match="not installed: onnxruntime"):
         check_onnx(tmp_path / "model.onnx", nn.Linear(3, 2), torch.zeros(2, 3))
+
+
+def test_the_exporter_takes_linear_time_and_has_its_rules_back(tmp_path, monkeypatch):
+    """Each rule looks at one node at a time, not for one node through the whole graph for others."""
+    from onnxscript import rewriter
+    from onnxscript.rewriter._matcher import SimplePatternMatcher
+
+    monkeypatch.setattr(SimplePatternMatcher, "_multi_match", lambda *_, **__: pytest.fail("looks for pairs of nodes"))
+    own = rewriter._DEFAULT_REWRITE_RULES
+
+    class Halves(nn.Module):
+        def forward(self, x):
+            return x[:, :2] + x[:, 2:].relu()
+
+    model = Halves()
+    export_onnx(model, torch.ones(2, 4), tmp_path / "model.onnx")
+    assert rewriter._DEFAULT_REWRITE_RULES is own
+    assert check_onnx(tmp_path / "model.onnx", model, torch.ones(2, 4)) < 1e-6

@@ -26,6 +26,9 @@ TO_WRITE = ("onnx", "onnxscript")
 OPSET = 21
 """The first with types of four bits and with blocks; of what stands here nothing needs a later one."""
 
+_RULES = "_DEFAULT_REWRITE_RULES"
+_QUADRATIC = ("SlicesSplit",)
+
 
 def require_onnx() -> None:
     """Refuse to begin what would end without ONNX.
@@ -54,7 +57,7 @@ def export_onnx(model: nn.Module, example_inputs: Any, path: str | os.PathLike[s
     """
     require_onnx()
     args, kwargs, shapes = export_arguments(model, example_inputs)
-    with evaluating(model), replacing_file(path) as temporary, _quiet_exporter(), _traced_errors(type(model).__name__):
+    with evaluating(model), replacing_file(path) as temporary, _exporter(), _traced_errors(type(model).__name__):
         torch.onnx.export(
             model,
             args,
@@ -98,7 +101,7 @@ def write_program(
         translations,
     )
 
-    with replacing_file(path) as temporary, _quiet_exporter(), _traced_errors(type(program).__name__):
+    with replacing_file(path) as temporary, _exporter(), _traced_errors(type(program).__name__):
         exported = torch.onnx.export(
             program.exported,
             (),
@@ -131,17 +134,25 @@ def _traced_errors(where: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Without what the exporter says about itself: deprecations, and optional packages that nobody asked for."""
+def _exporter() -> Iterator[None]:
+    """The exporter, silent about itself (deprecations, optional packages that nobody asked for), and in linear time.
+
+    Its optimizer has one rule that looks through the whole graph at each node of it: minutes for some thousand nodes.
+    What that rule does, ``Split`` for two ``Slice``, is not missed.
+    """
+    from onnxscript import rewriter
+
     logger = logging.getLogger("torch.onnx")
-    level = logger.level
+    level, rules = logger.level, getattr(rewriter, _RULES, ())
     logger.setLevel(logging.ERROR)
     try:
+        vars(rewriter)[_RULES] = tuple(rule for rule in rules if rule.name not in _QUADRATIC)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
+        vars(rewriter)[_RULES] = rules
 
 
 def check_onnx(
