@@ -146,13 +146,13 @@ def _exporter() -> Iterator[None]:
     level, rules = logger.level, getattr(rewriter, _RULES, ())
     logger.setLevel(logging.ERROR)
     try:
-        vars(rewriter)[_RULES] = tuple(rule for rule in rules if rule.name not in _QUADRATIC)
+        setattr(rewriter, _RULES, tuple(rule for rule in rules if rule.name not in _QUADRATIC))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
-        vars(rewriter)[_RULES] = rules
+        setattr(rewriter, _RULES, rules)
 
 
 def check_onnx(
