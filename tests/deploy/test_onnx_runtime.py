@@ -14,7 +14,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from tersor.deploy.onnx import write_program  # noqa: E402
-from tersor.deploy.onnx_runtime import DISABLED, DISABLED_KEY, OnnxRuntime  # noqa: E402
+from tersor.deploy.onnx_runtime import DISABLED, DISABLED_KEY, FLOATING, INTEGER, OnnxRuntime  # noqa: E402
 
 ROWS = {"quant_dtype": "int8", "granularity": [1, -1]}
 BYTES = {"quant_dtype": "uint8", "quant_scheme": "affine"}
@@ -148,3 +148,31 @@ def test_convolutions_pad_by_themselves(tmp_path):
     write_program(lower(plain, example), dense)
     (result,) = onnxruntime.InferenceSession(dense).run(None, {"x": example.numpy()})
     assert torch.allclose(torch.from_numpy(result), plain(example), atol=1e-5)
+
+
+class Turned(nn.Module):
+    """One weight, read as it is and turned."""
+
+    def __init__(self, by_linear):
+        super().__init__()
+        self.encode = nn.Linear(6, 10)
+        self.by_linear = by_linear
+
+    def forward(self, x):
+        x = torch.relu(self.encode(x))
+        return nn.functional.linear(x, self.encode.weight.t()) if self.by_linear else x @ self.encode.weight
+
+
+@pytest.mark.parametrize("by_linear", [True, False])
+def test_a_weight_whose_scales_are_summed_over_is_floating_there(by_linear, tmp_path):
+    """As it is, it runs in integers."""
+    torch.manual_seed(0)
+    net = Turned(by_linear)
+    forms = {"weight": {"quant_dtype": "int8", "granularity": "out_channel"}, "_input_": BYTES, "_output_": BYTES}
+    agreed, ran, fallbacks = built(net, torch.randn(4, 6), forms, tmp_path)
+    assert agreed > 60
+    assert ran & INTEGER
+    assert ran & FLOATING
+    assert [fallback.reason for fallback in fallbacks] == [
+        "its weight has scales along what is summed over: in floating point"
+    ]

@@ -281,7 +281,7 @@ class Rounded(Transform):
 
     def forward(self, value: Tensor) -> Tensor:
         """Quantized and back, in the value's type."""
-        if not value.is_floating_point() or not value.numel():
+        if not value.is_floating_point() or (self.watching and self._found is None):
             return value
         stored, (axis, block) = self.stored, self._place(value)
         scale, zero_point = self._found or self._each(value.shape[axis] if axis is not None else 1)

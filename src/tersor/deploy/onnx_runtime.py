@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from tersor.config.dtypes import FloatDtype, QuantDtype
 from tersor.deploy.engine import UINT8, Engine, Operator, Session, Wishes
@@ -19,6 +19,7 @@ from tersor.deploy.graph import DEQUANTIZE, Graph, module_of
 from tersor.deploy.lowering import Fallback, Program
 from tersor.deploy.movement import dequantize_late, pad_behind_rounding, pads_convolutions, quantize_early
 from tersor.deploy.onnx import write_program
+from tersor.deploy.operators import dequantize
 from tersor.deploy.placement import (
     fixed_zero_points,
     gather_numbers,
@@ -38,6 +39,13 @@ INTEGER = frozenset(
      "DynamicQuantizeMatMul", "QAttention", "MatMulNBits"}
 )  # fmt: skip
 
+_ATEN = torch.ops.aten
+_INNER = {
+    _ATEN.linear.default: (1, 1), _ATEN.matmul.default: (1, -2), _ATEN.mm.default: (1, -2),
+    _ATEN.addmm.default: (2, -2),
+}  # fmt: skip
+"""Products: which argument the weight is, and in which of its dimensions lies what is summed over."""
+_TURNS = frozenset({_ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default})
 DISABLED = ("MatMulAddFusion", "DoubleQDQPairsRemover", "ReluQuantRewrite", "WeightBiasQuantization")
 """Optimizers of ONNX Runtime that are kept off.
 
@@ -71,7 +79,7 @@ class OnnxRuntime(Engine):
     def prepare(self, program: Program) -> tuple[Program, tuple[Fallback, ...]]:
         """Activations as uint8, each value quantized once."""
         graph = Graph(program)
-        fallbacks = _without_rows(graph)
+        fallbacks = (*_without_rows(graph), *_without_inner_scales(graph))
         fixed_zero_points(graph)
         unsigned_activations(graph)
         join_twins(graph)
@@ -105,6 +113,51 @@ def _without_rows(graph: Graph) -> tuple[Fallback, ...]:
             where[module_of(node)] = None
             in_floating_point(graph, node)
     return tuple(Fallback(name, "a scale for each token: the product is in floating point") for name in where)
+
+
+def _without_inner_scales(graph: Graph) -> tuple[Fallback, ...]:
+    """Store in floating point what has a scale for each number that a product sums over: a weight that is read turned.
+
+    No integer kernel can take such scales out of a sum; ONNX Runtime tries to, and then fails.
+    """
+    where: dict[str, None] = {}
+    for node in graph.calls(*_INNER):
+        place, inner = _INNER[node.target]
+        weight: Any = node.args[place]
+        turns: list[fx.Node] = []
+        source = weight
+        while isinstance(source, fx.Node) and source.target in _TURNS:
+            turns.append(source)
+            source = source.args[0]
+        if not isinstance(source, fx.Node) or source.target is not DEQUANTIZE or len(source.args) < 5:
+            continue
+        numbers, scale, zero_point = (graph.constant(own) for own in source.args[:3])
+        if source.args[4] is None or numbers is None or scale is None or zero_point is None or scale.numel() == 1:
+            continue
+        kind, *lies = source.args[3:]
+        dims = torch.arange(numbers.dim())
+        for turn in reversed(turns):
+            dims = dims[_order(turn, len(dims))]
+        if int(dims[inner]) != lies[0] or lies[1:] not in ([], [None]):  # there are kernels for blocks
+            continue
+        values = dequantize(numbers, scale, zero_point, kind, *lies).permute(*dims.tolist()).contiguous()
+        node.replace_input_with(weight, graph.new_constant(values, f"{source.name}_values"))
+        where[module_of(node)] = None
+    graph.graph.eliminate_dead_code()
+    return tuple(Fallback(name, "its weight has scales along what is summed over: in floating point") for name in where)
+
+
+def _order(turn: fx.Node, count: int) -> list[int]:
+    """The dimensions of what a node turns, in the order in which it gives them."""
+    order = list(range(count))
+    if turn.target is _ATEN.permute.default:
+        dims: Any = turn.args[1]
+        return [order[dim] for dim in dims]
+    first, second = turn.args[1:3] if turn.target is _ATEN.transpose.int else (0, -1)
+    assert isinstance(first, int)
+    assert isinstance(second, int)
+    order[first], order[second] = order[second], order[first]
+    return order
 
 
 class _Session(Session):
