@@ -83,6 +83,7 @@ def collecting(engine, *rest):
 
 def make(stage, accumulate=1, factory=torch.optim.SGD, **more):
     model = Net()
+    model.ds_of_the_user = 1
     options = {"momentum": 0.9} if factory is torch.optim.SGD else {}
     optimizer = factory(model.parameters(), lr=0.1, **options)
     evaluator = DeepspeedTorchEvaluator(training, step, config(stage, accumulate, **more), optimizer)
@@ -98,7 +99,11 @@ def assert_whole(model, optimizer):
         assert not vars(parameter)
         assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
         assert parameter.grad is None
+    assert model.ds_of_the_user == 1
     for module in model.modules():
+        assert not {name for name in vars(module) if name.startswith("ds_") and "user" not in name}
+        assert not {"_original_parameters", "_external_params", "pre_bwd_fn"} & vars(module).keys()
+        assert type(module._parameters) is type(Net()._parameters)
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
     copy.deepcopy(model)

@@ -40,7 +40,7 @@ INTEGER = frozenset(
 )  # fmt: skip
 
 _ATEN = torch.ops.aten
-_INNER = {
+_INNER: Mapping[Any, tuple[int, int]] = {
     _ATEN.linear.default: (1, 1), _ATEN.matmul.default: (1, -2), _ATEN.mm.default: (1, -2),
     _ATEN.addmm.default: (2, -2),
 }  # fmt: skip

@@ -39,6 +39,7 @@ class WholeAgain:
         self._hooks = [
             (registry, set(registry)) for module in model.modules() for registry in (vars(module)[of] for of in _HOOKS)
         ]
+        self._modules = [(module, set(vars(module))) for module in model.modules()]
         self._linear = functional.linear  # stage 3 puts its own in its place, for the whole process
         self._groups: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._states: dict[Tensor, dict[str, Any]] = {}
@@ -87,8 +88,8 @@ class WholeAgain:
             vars(tensor).clear()
             vars(tensor).update(own)
         functional.linear = self._linear
-        for module in self._model.modules():
-            zero3.leave(module)
+        for module, names in self._modules:
+            zero3.leave(module, names)
         for registry, names in self._hooks:
             for name in [name for name in registry if name not in names]:
                 del registry[name]

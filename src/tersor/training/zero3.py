@@ -6,7 +6,7 @@ All processes have to call these functions, on the same parameters in the same o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -32,7 +32,7 @@ def gathered(parameters: Iterable[Tensor], *, changed: bool = False) -> Abstract
         parameters: of a model.
         changed: whether what is written into them is kept: that of the first process, in all of them.
     """
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     return GatheredParameters(list(parameters), modifier_rank=0 if changed else None)
 
@@ -102,10 +102,16 @@ def _groups(zero: Any) -> Iterator[tuple[Tensor, list[Any]]]:
     return zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
 
 
-def leave(module: nn.Module) -> None:
-    """Take away what the engine has put on a module, and give it its own table of parameters back."""
+def leave(module: nn.Module, own: Collection[str]) -> None:
+    """Take away what the engine has put on a module, and give it its own table of parameters back.
+
+    Args:
+        module: any.
+        own: the names of the attributes that it had before.
+    """
     held: dict[str, Any] = vars(module)
     if "_original_parameters" in held:
         held["_parameters"] = held["_original_parameters"]
-    for name in [name for name in held if name in _ON_MODULES or name.startswith("ds_")]:
-        del held[name]
+    for name in held.keys() - own:
+        if name in _ON_MODULES or name.startswith("ds_"):
+            del held[name]
