@@ -19,7 +19,7 @@ from tersor.deploy.graph import DEQUANTIZE, Graph, module_of
 from tersor.deploy.lowering import Fallback, Program
 from tersor.deploy.movement import dequantize_late, pad_behind_rounding, pads_convolutions, quantize_early
 from tersor.deploy.onnx import write_program
-from tersor.deploy.operators import dequantize
+from tersor.deploy.operators import dequantize, spread
 from tersor.deploy.placement import (
     fixed_zero_points,
     gather_numbers,
@@ -134,30 +134,21 @@ def _without_inner_scales(graph: Graph) -> tuple[Fallback, ...]:
         numbers, scale, zero_point = (graph.constant(own) for own in source.args[:3])
         if source.args[4] is None or numbers is None or scale is None or zero_point is None or scale.numel() == 1:
             continue
-        kind, *lies = source.args[3:]
-        dims = torch.arange(numbers.dim())
-        for turn in reversed(turns):
-            dims = dims[_order(turn, len(dims))]
-        if int(dims[inner]) != lies[0] or lies[1:] not in ([], [None]):  # there are kernels for blocks
-            continue
-        values = dequantize(numbers, scale, zero_point, kind, *lies).permute(*dims.tolist()).contiguous()
-        node.replace_input_with(weight, graph.new_constant(values, f"{source.name}_values"))
-        where[module_of(node)] = None
+        kind, axis, block = (*source.args[3:], None)[:3]
+        if block is None and _turned(spread(scale, numbers, axis, None), turns).shape[inner] > 1:  # blocks have kernels
+            values = _turned(dequantize(numbers, scale, zero_point, kind, axis), turns).contiguous()
+            node.replace_input_with(weight, graph.new_constant(values, f"{source.name}_values"))
+            where[module_of(node)] = None
     graph.graph.eliminate_dead_code()
     return tuple(Fallback(name, "its weight has scales along what is summed over: in floating point") for name in where)
 
 
-def _order(turn: fx.Node, count: int) -> list[int]:
-    """The dimensions of what a node turns, in the order in which it gives them."""
-    order = list(range(count))
-    if turn.target is _ATEN.permute.default:
-        dims: Any = turn.args[1]
-        return [order[dim] for dim in dims]
-    first, second = turn.args[1:3] if turn.target is _ATEN.transpose.int else (0, -1)
-    assert isinstance(first, int)
-    assert isinstance(second, int)
-    order[first], order[second] = order[second], order[first]
-    return order
+def _turned(value: Tensor, turns: Sequence[fx.Node]) -> Tensor:
+    """What comes of a tensor behind these nodes, of which the last comes first."""
+    for turn in reversed(turns):
+        turning: Any = turn.target
+        value = turning(value, *turn.args[1:])
+    return value
 
 
 class _Session(Session):

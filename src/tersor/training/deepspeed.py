@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from tersor.errors import ConflictError, InvalidValueError, TrainingError
 from tersor.extras import require
 from tersor.training import zero3
-from tersor.training.engine_state import left_whole
+from tersor.training.engine_state import flat_groups, left_whole
 from tersor.training.evaluator import NoHooks, TrainingHooks, TrainingResult, check_limits, modes_kept
 from tersor.training.function_evaluator import FunctionEvaluator, check_ownership
 from tersor.training.functions import described
@@ -151,8 +151,7 @@ class DeepspeedTorchEvaluator(FunctionEvaluator):
 def _check_engine(engine: Any) -> None:
     """Refuse an engine whose master weights and gradients cannot be reached."""
     zero = engine.optimizer
-    seen = isinstance(zero, Optimizer) or zero3.is_stage_3(zero) or hasattr(zero, "single_partition_of_fp32_groups")
-    if not seen:
+    if not isinstance(zero, Optimizer) and not flat_groups(zero):
         raise TrainingError(
             f"under this config it trains by a {type(zero).__name__}, whose master weights cannot be seen.",
             where="deepspeed",

@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from tersor.training import zero3
 from tersor.wrapping.sharding import is_sliced
 
+_FLAT = (("single_partition_of_fp32_groups", "bit16_groups"), ("fp32_partitioned_groups_flat", "fp16_groups"))
+"""Where ZeRO's optimizers of stages 1 and 2, and of stage 3, keep flat master weights, and their parameters."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -56,27 +58,20 @@ class WholeAgain:
         if all(id(parameter) in flat for parameter in self._states):
             return  # they are the parameters themselves
         self._optimizer.state.clear()
-        zero = self.engine.optimizer
-        if zero3.is_stage_3(zero):
-            zero3.give_states(zero, self._optimizer, self._states)
-            return
-        for master, parameters in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+        for master, parameters in flat_groups(self.engine.optimizer):
             state = self._optimizer.state[master]
             for parameter in parameters:
-                mapping = parameter._hp_mapping  # None where another process has this parameter
                 for key, value in self._states.get(parameter, {}).items():
-                    if not isinstance(value, Tensor) or value.dim() == 0:
+                    if isinstance(value, Tensor) and value.dim():
+                        _put(parameter, value, key, state, master)
+                    else:
                         state[key] = copy.deepcopy(value)
-                    elif mapping is not None:
-                        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                        part = state.setdefault(key, torch.zeros_like(master)).narrow(0, here.start, here.numel)
-                        part.copy_(value.flatten().narrow(0, there.start, there.numel))
 
     @torch.no_grad()
     def take_back(self) -> None:
         """Destroy the engine; model and optimizer are whole again, with what they have learnt."""
         zero = getattr(self.engine, "optimizer", None)
-        flat = hasattr(zero, "single_partition_of_fp32_groups") or zero3.is_stage_3(zero)
+        flat = bool(flat_groups(zero))
         values = [self._master(tensor) if flat else tensor.detach() for tensor in self._tensors]
         states = self._learnt_states(zero) if flat else {} if self._optimizer is None else dict(self._optimizer.state)
         if self.engine is not None:
@@ -116,9 +111,7 @@ class WholeAgain:
         states: dict[Tensor, dict[str, Any]] = {}
         if self._optimizer is None:
             return states
-        if zero3.is_stage_3(zero):
-            return zero3.learnt_states(zero, self._optimizer)
-        for master, parameters in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
+        for master, parameters in flat_groups(zero):
             flat = self._optimizer.state.get(master, {})
             for parameter in parameters if flat else ():
                 states[parameter] = {
@@ -128,6 +121,28 @@ class WholeAgain:
                     for key, value in flat.items()
                 }
         return states
+
+
+def flat_groups(zero: Any) -> list[tuple[Tensor, list[Any]]]:
+    """The flat master weights that an engine's optimizer steps, each with its parameters; none where there are none."""
+    for masters, groups in _FLAT:
+        if hasattr(zero, masters):
+            return list(zip(getattr(zero, masters), getattr(zero, groups), strict=True))
+    return []
+
+
+def _put(parameter: Any, value: Tensor, key: str, state: dict[str, Any], master: Tensor) -> None:
+    """Put what this process keeps of a parameter's state into the flat one."""
+    from deepspeed.utils import safe_set_local_optimizer_state
+
+    mapping = getattr(parameter, "_hp_mapping", None)  # None where another process has this parameter
+    if is_sliced(parameter):
+        state.setdefault(key, torch.zeros_like(master))
+        safe_set_local_optimizer_state(parameter, zero3.own_slice(parameter, value), key)
+    elif mapping is not None:
+        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+        part = state.setdefault(key, torch.zeros_like(master)).narrow(0, here.start, here.numel)
+        part.copy_(value.flatten().narrow(0, there.start, there.numel))
 
 
 @contextmanager

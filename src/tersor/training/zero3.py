@@ -5,24 +5,16 @@ All processes have to call these functions, on the same parameters in the same o
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 _ON_MODULES = (
     "_external_params", "_original_parameters", "all_parameters", "applied_pre_backward_ref_cnt", "post_bwd_fn",
     "pre_bwd_fn",
 )  # fmt: skip
-
-
-def is_stage_3(optimizer: Any) -> bool:
-    """Whether this is the optimizer of an engine under stage 3."""
-    return hasattr(optimizer, "fp32_partitioned_groups_flat")
 
 
 def gathered(parameters: Iterable[Tensor], *, changed: bool = False) -> AbstractContextManager[Any]:
@@ -63,43 +55,6 @@ def own_slice(parameter: Any, value: Tensor) -> Tensor:
     size = parameter.ds_tensor.ds_numel
     flat = nn.functional.pad(value.flatten(), (0, size * parameter.ds_zero_partition_world_size - value.numel()))
     return flat.narrow(0, size * parameter.ds_zero_partition_rank, size)
-
-
-@torch.no_grad()
-def give_states(zero: Any, optimizer: Optimizer, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
-    """Hand an optimizer's states by parameter over to the flat slices that it steps instead."""
-    from deepspeed.utils import safe_set_local_optimizer_state
-
-    for master, parameters in _groups(zero):
-        state = optimizer.state[master]
-        for parameter in parameters:
-            for key, value in states.get(parameter, {}).items():
-                if not isinstance(value, Tensor) or value.dim() == 0:
-                    state[key] = copy.deepcopy(value)
-                else:
-                    state.setdefault(key, torch.zeros_like(master))
-                    safe_set_local_optimizer_state(parameter, own_slice(parameter, value), key)
-
-
-def learnt_states(zero: Any, optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
-    """The optimizer's states by parameter, whole."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
-    states: dict[Tensor, dict[str, Any]] = {}
-    for master, parameters in _groups(zero):
-        flat = optimizer.state.get(master, {})
-        for parameter in parameters if flat else ():
-            states[parameter] = {
-                key: safe_get_full_optimizer_state(parameter, key)
-                if isinstance(value, Tensor) and value.shape == master.shape
-                else copy.deepcopy(value)
-                for key, value in flat.items()
-            }
-    return states
-
-
-def _groups(zero: Any) -> Iterator[tuple[Tensor, list[Any]]]:
-    return zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
 
 
 def leave(module: nn.Module, own: Collection[str]) -> None:
