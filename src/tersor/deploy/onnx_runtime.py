@@ -134,7 +134,8 @@ def _without_inner_scales(graph: Graph) -> tuple[Fallback, ...]:
         numbers, scale, zero_point = (graph.constant(own) for own in source.args[:3])
         if source.args[4] is None or numbers is None or scale is None or zero_point is None or scale.numel() == 1:
             continue
-        kind, axis, block = (*source.args[3:], None)[:3]
+        settings: Any = (*source.args[3:], None)
+        kind, axis, block = settings[:3]
         if block is None and _turned(spread(scale, numbers, axis, None), turns).shape[inner] > 1:  # blocks have kernels
             values = _turned(dequantize(numbers, scale, zero_point, kind, axis), turns).contiguous()
             node.replace_input_with(weight, graph.new_constant(values, f"{source.name}_values"))
