@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, final
+from uuid import uuid4
 
 import torch
 from torch import Tensor, fx
@@ -169,7 +170,8 @@ class _Session(Session):
             options.intra_op_num_threads = self._threads
         if profiled:
             options.enable_profiling = True
-            options.profile_file_prefix = os.path.join(tempfile.gettempdir(), "tersor-profile")
+            # It adds the time to this name, which two processes may have in common.
+            options.profile_file_prefix = os.path.join(tempfile.gettempdir(), f"tersor-profile-{uuid4().hex}")
         try:
             return onnxruntime.InferenceSession(
                 os.fspath(self._path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(DISABLED)
